@@ -1,0 +1,88 @@
+"""The Backend protocol: all that an implementation of DLRM must be able to do.
+
+A backend is an object (a module attribute) registered under the entry-point group `dlrm.backends`.
+The training loop, the benchmark and the conformance suite are written once against it.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import numpy as np
+
+from spec.batch import Batch
+from spec.errors import InputError
+from spec.model import ModelSpec
+from spec.parameters import Arrays
+
+GROUP = "dlrm.backends"
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here. `reason` says why not, `remedy` is the command that mends it."""
+
+    ok: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+class Model(Protocol):
+    """One model, resident in its engine."""
+
+    engine: str
+    """What really runs, with versions: "PyTorch 2.13.0, cpu, 2 threads"."""
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """`probability`, float32 [B, 1]. Changes nothing."""
+
+    def trace(self, batch: Batch) -> Arrays:
+        """Every tensor of `spec.tensors.trace_names`, by name; float32, slices' indices int64.
+
+        A slice may list a row several times (its values are then summed). Changes no parameter.
+        Where the backend cannot train, the forward tensors alone.
+        """
+
+    def train_step(self, batch: Batch) -> float:
+        """One forward, backward and update; the loss before the update."""
+
+    def parameters(self) -> Arrays:
+        """A copy of every parameter of `spec.parameters.parameter_shapes`, float32."""
+
+    def optimizer_state(self) -> Arrays:
+        """A copy of all of `spec.parameters.state_shapes`, float32."""
+
+    def profile(self, batch: Batch) -> dict[str, float]:
+        """Seconds spent in each operator type in one training step (one prediction, where it cannot train)."""
+
+    def close(self) -> None:
+        """Free the engine: processes end, memory is returned. Idempotent."""
+
+
+class Backend(Protocol):
+    name: str
+    trains: bool
+    """False: forward only; `train_step` and `optimizer_state` raise NotImplementedError."""
+
+    def available(self) -> Availability:
+        """Cheap; loads no framework where that can be helped."""
+
+    def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> Model:
+        """A model with these parameters (copied) and initial optimizer state.
+
+        Raises EngineError where the engine is missing or fails, InputError for a device it cannot use.
+        """
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every registered backend, sorted."""
+    return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
+
+
+def load_backend(name: str) -> Backend:
+    """The backend registered as `name`. Raises InputError for an unknown one."""
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return entry.load()
+    raise InputError(f"backend '{name}'", f"one of {', '.join(backend_names())}", "no such backend",
+                     f"packages register backends under the entry-point group '{GROUP}'")

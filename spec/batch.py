@@ -1,0 +1,108 @@
+"""Batch: the input of one step, checked before any engine sees it (SPEC.md, 2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spec.errors import InputError
+from spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples.
+
+    Attributes:
+        dense: float32 [B, D].
+        indices: one int64 [sum of lengths] for each table, sample by sample.
+        lengths: one int32 [B] for each table; 0 is legal.
+        label: float32 [B, 1].
+    """
+
+    dense: np.ndarray
+    indices: tuple[np.ndarray, ...]
+    lengths: tuple[np.ndarray, ...]
+    label: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.dense)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of the spec."""
+        named = {"dense": self.dense}
+        for number, (indices, lengths) in enumerate(zip(self.indices, self.lengths, strict=True)):
+            named[f"tables.{number}.indices"] = indices
+            named[f"tables.{number}.lengths"] = lengths
+        return named | {"label": self.label}
+
+    @classmethod
+    def from_arrays(cls, spec: ModelSpec, named: dict[str, np.ndarray]) -> "Batch":
+        """The inverse of `arrays`, checked. Raises InputError for a missing, unknown or bad array."""
+        tables = range(len(spec.tables))
+        known = {"dense", "label"} | {f"tables.{n}.{part}" for n in tables for part in ("indices", "lengths")}
+        for name in sorted(known - named.keys()):
+            raise InputError(name, "an array", "none", "a batch holds every input of the spec")
+        for name in sorted(named.keys() - known):
+            raise InputError(name, f"only the inputs of spec '{spec.name}'", "an array of this name", "remove it")
+        batch = cls(named["dense"], tuple(named[f"tables.{n}.indices"] for n in tables),
+                    tuple(named[f"tables.{n}.lengths"] for n in tables), named["label"])
+        batch.validate(spec)
+        return batch
+
+    def validate(self, spec: ModelSpec) -> None:
+        """Raise InputError naming the first array, and its first element, that the spec does not allow."""
+        _expect("dense", self.dense, np.float32, (None, spec.dense_features))
+        _expect("label", self.label, np.float32, (self.size, 1))
+        for name, array in (("dense", self.dense), ("label", self.label)):
+            if not np.isfinite(array).all():
+                place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+                raise InputError(f"{name}{list(place)}", "a finite number", array[place], "clean the data first")
+        if spec.loss.kind != "mse":
+            _expect_labels(self.label, soft=spec.loss.kind == "bce_logits")
+        for what, arrays in (("indices", self.indices), ("lengths", self.lengths)):
+            if len(arrays) != len(spec.tables):
+                raise InputError(what, f"{len(spec.tables)} arrays, one for each table", len(arrays),
+                                 "give every table its lookups")
+        for number, table in enumerate(spec.tables):
+            name = f"tables.{number}"
+            _expect_lookups(name, self.indices[number], self.lengths[number], self.size, table.rows)
+            fixed = table.fixed_lookups
+            if fixed is not None and (self.lengths[number] != fixed).any():
+                sample = int(np.flatnonzero(self.lengths[number] != fixed)[0])
+                raise InputError(f"{name}.lengths[{sample}]", f"{fixed}, the table's fixed number of lookups",
+                                 self.lengths[number][sample], "declare the table ragged: lookups = [min, max]")
+
+
+def _expect(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        raise InputError(name, f"dtype {np.dtype(dtype)}", getattr(array, "dtype", type(array).__name__),
+                         f"convert it with .astype('{np.dtype(dtype)}')")
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        expected = [("B" if want is None else want) for want in shape]
+        raise InputError(name, f"shape {expected}", list(array.shape), "see SPEC.md, 2")
+
+
+def _expect_labels(label: np.ndarray, soft: bool) -> None:
+    bad = (label < 0) | (label > 1) if soft else (label != 0) & (label != 1)
+    if bad.any():
+        sample = int(np.argwhere(bad)[0][0])
+        raise InputError(f"label[{sample}, 0]", "a number in [0, 1]" if soft else "0 or 1", label[sample, 0],
+                         "use another loss, or round the labels")
+
+
+def _expect_lookups(name: str, indices: np.ndarray, lengths: np.ndarray, size: int, rows: int) -> None:
+    _expect(f"{name}.lengths", lengths, np.int32, (size,))
+    _expect(f"{name}.indices", indices, np.int64, (None,))
+    if (lengths < 0).any():
+        sample = int(np.flatnonzero(lengths < 0)[0])
+        raise InputError(f"{name}.lengths[{sample}]", "0 or more", lengths[sample], "an empty bag has length 0")
+    total = int(lengths.sum(dtype=np.int64))
+    if total != len(indices):
+        raise InputError(f"{name}.lengths", f"a sum of {len(indices)}, the number of indices", total,
+                         "every index belongs to one sample")
+    outside = (indices < 0) | (indices >= rows)
+    if outside.any():
+        place = int(np.flatnonzero(outside)[0])
+        raise InputError(f"{name}.indices[{place}]", f"0 to {rows - 1}, a row of the table", indices[place],
+                         "map the ids into the table, for example modulo its rows")
