@@ -1,0 +1,64 @@
+"""Reference forward and backward of the feature interaction (SPEC.md, 3)."""
+
+import numpy as np
+
+from spec import rounding
+from spec.model import ModelSpec
+from spec.rounding import U, Tracked
+
+
+def forward(spec: ModelSpec, vectors: list[Tracked]) -> dict[str, Tracked]:
+    """The interaction's tensors, by name, from the dense vector and the pooled vectors, F of [B, E]."""
+    if spec.interaction.kind == "cat":
+        return {"interaction.output": rounding.concatenate(vectors, 1)}
+    features_BFE = rounding.stack(vectors, 1)
+    products_BFF = _products(features_BFE)
+    first, second = _pairs(spec)
+    output = rounding.concatenate([vectors[0], products_BFF[:, first, second]], 1)
+    return {"interaction.features": features_BFE, "interaction.products": products_BFF, "interaction.output": output}
+
+
+def backward(spec: ModelSpec, tensors: dict[str, Tracked], doutput: Tracked) -> tuple[dict[str, Tracked], list[Tracked]]:
+    """(gradients of the interaction's inner tensors by name, gradients of the F vectors)."""
+    dimension = spec.embedding_dim
+    if spec.interaction.kind == "cat":
+        return {}, [doutput[:, i * dimension:(i + 1) * dimension] for i in range(spec.interacting_vectors)]
+    batch, vectors = len(doutput.value), spec.interacting_vectors
+    dproducts = Tracked(*(np.zeros((batch, vectors, vectors)) for _ in range(2)))
+    first, second = _pairs(spec)
+    for source, target in zip(doutput, dproducts, strict=True):
+        target[:, first, second] = source[:, dimension:]
+    dfeatures = _products_gradient(tensors["interaction.features"], dproducts)
+    dvectors = [dfeatures[:, i] for i in range(vectors)]
+    dvectors[0] = rounding.add(doutput[:, :dimension], dvectors[0])
+    return {"interaction.features_grad": dfeatures, "interaction.products_grad": dproducts}, dvectors
+
+
+def _pairs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
+    pairs = np.array(spec.pairs, np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _products(z: Tracked) -> Tracked:
+    """Z Z^T for Z [B, F, E]. On the diagonal both factors are the same number: the error counts twice."""
+    terms = z.value.shape[2]
+    y = z.value @ z.value.transpose(0, 2, 1)
+    squares = z.value**2
+    half = (z.variance + terms * U**2 / 2 * squares) @ squares.transpose(0, 2, 1)
+    variance = half + half.transpose(0, 2, 1)
+    diagonal = np.arange(z.value.shape[1])
+    variance[:, diagonal, diagonal] *= 2
+    return Tracked(y, variance + terms * U**2 * y**2)
+
+
+def _products_gradient(z: Tracked, dy: Tracked) -> Tracked:
+    """(dY + dY^T) Z; engines form the two products apart and add them, which rounds no more than this allows."""
+    both = dy.value + dy.value.transpose(0, 2, 1)
+    variance = dy.variance + dy.variance.transpose(0, 2, 1)
+    diagonal = np.arange(z.value.shape[1])
+    variance[:, diagonal, diagonal] *= 2
+    terms = 2 * z.value.shape[1]
+    dz = both @ z.value
+    squares = both**2
+    dz_variance = (variance + terms * U**2 * squares) @ z.value**2 + squares @ z.variance
+    return Tracked(dz, dz_variance + terms * U**2 * dz**2)

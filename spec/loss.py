@@ -1,0 +1,98 @@
+"""Reference forward and backward of the losses (SPEC.md, 6)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from spec import rounding
+from spec.model import Loss
+from spec.rounding import C, FUNCTION, U, Tracked
+
+FLOOR = float(np.float32(1e-20))
+"""Least probability whose logarithm is taken (Caffe2's LabelCrossEntropy)."""
+
+
+class LossResult(NamedTuple):
+    """`loss` scalar; `dprobability` [B, 1], None for bce_logits; `dlogit` [B, 1]; `kinks`: samples at a kink."""
+
+    loss: Tracked
+    dprobability: Tracked | None
+    dlogit: Tracked
+    kinks: int
+
+
+def evaluate(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
+    """Mean loss over the batch, and its gradients, for logit, probability and label [B, 1]."""
+    if loss.kind == "mse":
+        return _mse(logit, probability, label)
+    if loss.kind == "bce_logits":
+        return _bce_logits(logit, label)
+    return _bce(loss, logit, probability, label)
+
+
+def _mean(terms: Tracked) -> Tracked:
+    batch = max(terms.value.size, 1)
+    total = terms.value.sum()
+    variance = terms.variance.sum() + rounding.summed(batch - 1, (terms.value**2).sum(), total)
+    return Tracked(total / batch, variance / batch**2 + 2 * (U * total / batch) ** 2)
+
+
+def _mse(logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
+    batch = len(label)
+    difference = probability.value - label
+    variance = probability.variance + (U * difference) ** 2
+    square = difference**2
+    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * (U * square) ** 2)
+    gradient = 2 * difference / batch
+    dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * (U * gradient) ** 2)
+    return LossResult(_mean(squares), dprobability, rounding.sigmoid_gradient(logit, probability, dprobability), 0)
+
+
+def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
+    z, batch = logit.value, len(label)
+    linear = z * ((z > 0) - label)
+    value = linear + np.log1p(np.exp(-np.abs(z)))
+    sigmoid = rounding.sigmoid(logit)
+    slope = sigmoid.value - label
+    terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2))
+    dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * (U * slope) ** 2) / batch**2)
+    return LossResult(_mean(terms), None, dlogit, 0)
+
+
+def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
+    """-w log(max(q, FLOOR)) with q the probability of the sample's own class, after the clip.
+
+    A saturated sample, whose q is within reach of 0, may be anything up to the floor's: there an engine that
+    has rounded q to 0 gives a gradient of 0 where the true one is about w / B.
+    """
+    batch, positive = len(label), label == 1
+    weight = np.ones_like(label) if loss.weights is None else np.where(
+        positive, *(float(np.float32(w)) for w in reversed(loss.weights)))
+    own = np.where(positive, probability.value, rounding.sigmoid_value(-logit.value))
+    variance = probability.variance + np.where(positive, 0, (U * own) ** 2)
+    inside, edge = np.ones_like(positive), np.zeros_like(positive)
+    if loss.clip:
+        low, high = float(np.float32(loss.clip)), 1 - float(np.float32(loss.clip))
+        inside = (probability.value > low) & (probability.value < high)
+        edge = rounding.near(probability, low) | rounding.near(probability, high)
+        own = np.clip(own, low, high)
+        variance = np.where(inside | edge, variance, 0) + np.where(inside & ~edge, 0, (2 * U) ** 2)
+    floored = np.maximum(own, FLOOR)
+    saturated = own <= C * np.sqrt(variance)
+
+    value = -weight * np.log(floored)
+    deepest = -weight * np.log(FLOOR)
+    terms = Tracked(value, np.where(saturated, deepest**2, (weight / floored) ** 2 * variance) + FUNCTION * value**2)
+
+    sign = np.where(positive, -1.0, 1.0)
+    unclipped = sign * weight / (batch * floored)
+    gradient_variance = (unclipped / floored) ** 2 * variance + 4 * (U * unclipped) ** 2
+    gradient_variance = np.where(saturated, (weight / (batch * FLOOR)) ** 2, gradient_variance)
+    dprobability = Tracked(np.where(inside, unclipped, 0),
+                           np.where(edge, unclipped**2 + gradient_variance, np.where(inside, gradient_variance, 0)))
+
+    dlogit = rounding.sigmoid_gradient(logit, probability, dprobability)
+    true = np.where(inside, sign * weight / batch * (1 - own), 0)
+    dlogit = Tracked(np.where(saturated, true, dlogit.value),
+                     np.where(saturated, (weight / batch) ** 2, dlogit.variance))
+    return LossResult(_mean(terms), dprobability, dlogit, int((saturated | edge).sum()))

@@ -1,0 +1,125 @@
+"""Float64 values that carry the variance of a float32 engine's rounding error (SPEC.md, 10).
+
+Every rounding of a result y is a random error of variance at most (u y)^2; errors propagate to first order
+and add by variance. A worst-case bound would grow about 25-fold a layer at width 1024 and accept anything.
+
+For a sum of n terms t with result y the local term is n u^2 (sum t^2 + y^2): the first part is the random
+walk of partial sums of mixed signs, the second the growth of partial sums that all have one sign, which a
+plain running sum of n ReLU outputs really shows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+U = 2.0**-24
+"""Unit roundoff of float32."""
+
+C = 16.0
+"""An element conforms when |error| <= C sqrt(variance). One constant for everything: also for how near a
+kink (ReLU at 0, a clip's bounds, Adagrad's sign) a value must be for the engine to land on the other side."""
+
+FUNCTION = (4 * U) ** 2
+"""Relative variance granted to one evaluation of exp, log or sigmoid: 4 ULP."""
+
+UNDERFLOW = 2.0**-126
+"""Least normal float32: an engine may flush what is smaller to zero."""
+
+
+class Tracked(NamedTuple):
+    """A float64 array and the variance of its rounding error, of the same shape."""
+
+    value: np.ndarray
+    variance: np.ndarray
+
+    @property
+    def reach(self) -> np.ndarray:
+        """C sigma: as far as an element of a conforming engine may be off."""
+        return C * np.sqrt(self.variance)
+
+    def __getitem__(self, key: object) -> "Tracked":
+        return Tracked(self.value[key], self.variance[key])
+
+    def reshape(self, *shape: int) -> "Tracked":
+        return Tracked(self.value.reshape(shape), self.variance.reshape(shape))
+
+
+def exact(value: np.ndarray) -> Tracked:
+    """A value that has no error: an input, or a parameter as the engine itself holds it."""
+    value = np.asarray(value, np.float64)
+    return Tracked(value, np.zeros_like(value))
+
+
+def summed(n: float | np.ndarray, squares: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Local variance of a sum: n roundings, `squares` the sum of t^2, y the result."""
+    return n * U**2 * (squares + y**2)
+
+
+def concatenate(parts: list[Tracked], axis: int) -> Tracked:
+    return Tracked(np.concatenate([p.value for p in parts], axis), np.concatenate([p.variance for p in parts], axis))
+
+
+def stack(parts: list[Tracked], axis: int) -> Tracked:
+    return Tracked(np.stack([p.value for p in parts], axis), np.stack([p.variance for p in parts], axis))
+
+
+def add(a: Tracked, b: Tracked) -> Tracked:
+    y = a.value + b.value
+    return Tracked(y, a.variance + b.variance + (U * y) ** 2)
+
+
+def fully_connected(x: Tracked, w: np.ndarray, b: np.ndarray) -> Tracked:
+    """x W^T + b for x [B, K], W [N, K], b [N] (Caffe2's FC)."""
+    n = w.shape[1] + 1
+    y = x.value @ w.T + b
+    local = n * U**2 * x.value**2
+    return Tracked(y, (local + x.variance) @ (w**2).T + n * U**2 * (b**2 + y**2))
+
+
+def fully_connected_gradient(x: Tracked, w: np.ndarray, dy: Tracked) -> tuple[Tracked, Tracked, Tracked]:
+    """(dW [N, K], db [N], dx [B, K]) of `fully_connected` for dy [B, N] (Caffe2's FCGradient)."""
+    batch, outputs = dy.value.shape
+    dw = dy.value.T @ x.value
+    dy_squared = dy.value**2
+    dw_variance = (dy.variance + batch * U**2 * dy_squared).T @ x.value**2 + dy_squared.T @ x.variance
+    db = dy.value.sum(0)
+    db_variance = dy.variance.sum(0) + summed(max(batch - 1, 0), dy_squared.sum(0), db)
+    dx = dy.value @ w
+    dx_variance = (dy.variance + outputs * U**2 * dy_squared) @ w**2 + outputs * U**2 * dx**2
+    return (Tracked(dw, dw_variance + batch * U**2 * dw**2), Tracked(db, db_variance), Tracked(dx, dx_variance))
+
+
+def near(x: Tracked, kink: float) -> np.ndarray:
+    """Where an engine may find itself on the other side of a kink."""
+    return (np.abs(x.value - kink) <= x.reach) & (x.variance > 0)
+
+
+def relu(z: Tracked) -> Tracked:
+    return Tracked(np.maximum(z.value, 0), np.where((z.value > 0) | near(z, 0), z.variance, 0))
+
+
+def relu_gradient(z: Tracked, dy: Tracked) -> Tracked:
+    """dy where z > 0. Near 0 the engine's mask may differ: the variance takes the whole term in."""
+    on = z.value > 0
+    variance = np.where(near(z, 0), dy.variance + dy.value**2, np.where(on, dy.variance, 0))
+    return Tracked(np.where(on, dy.value, 0), variance)
+
+
+def sigmoid_value(z: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-z)), accurate at both ends."""
+    e = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1, e) / (1 + e)
+
+
+def sigmoid(z: Tracked) -> Tracked:
+    y = sigmoid_value(z.value)
+    slope = y * sigmoid_value(-z.value)
+    return Tracked(y, slope**2 * z.variance + FUNCTION * y**2 + UNDERFLOW**2)
+
+
+def sigmoid_gradient(z: Tracked, y: Tracked, dy: Tracked) -> Tracked:
+    """dy y (1 - y), where the engine uses its own rounded y (Caffe2's SigmoidGradient)."""
+    slope = y.value * sigmoid_value(-z.value)
+    dz = dy.value * slope
+    from_y = (dy.value * (1 - 2 * y.value)) ** 2 * y.variance
+    return Tracked(dz, slope**2 * dy.variance + from_y + 4 * (U * dz) ** 2 + UNDERFLOW**2)
