@@ -1,0 +1,47 @@
+"""A case: one model, one set of initial parameters, one sequence of batches. The same bits for every backend."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spec.batch import Batch
+from spec.data import open_batches
+from spec.model import ModelSpec
+from spec.parameters import Arrays, initial_parameters
+from spec.reference import Evaluation, evaluate
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+
+
+@dataclass
+class Case:
+    """Attributes:
+        batches: one for each step, the first of them also for the forward and backward comparison.
+        optimizers: the kinds that the model is trained with, each from the initial parameters.
+        source: where the batches came from, for reports.
+    """
+
+    spec: ModelSpec
+    parameters: Arrays
+    batches: Sequence[Batch]
+    optimizers: Sequence[str]
+    source: str
+    seed: int
+    _first: Evaluation | None = None
+
+    @property
+    def first(self) -> Evaluation:
+        """The reference on the initial parameters and the first batch: what every backend starts from."""
+        if self._first is None:
+            self._first = evaluate(self.spec, self.parameters, self.batches[0])
+        return self._first
+
+
+def make_case(spec: ModelSpec, source: str = "random", seed: int = 0, batch_size: int | None = None,
+              steps: int = 10, optimizers: Sequence[str] = OPTIMIZERS) -> Case:
+    """Draw parameters and read batches. Raises InputError for bad data."""
+    stream = open_batches(source, spec, batch_size or spec.batch_size, seed)
+    batches = list(itertools.islice(stream, max(steps, 1)))
+    for batch in batches:
+        batch.validate(spec)
+    return Case(spec, initial_parameters(spec, seed), batches, tuple(optimizers) if steps else (), source, seed)

@@ -1,0 +1,61 @@
+"""A conformance report as a terminal table; plain text where the output is not a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_STYLES = {"conforms": "green", "fails": "bold red", "error": "bold red", "missing": "yellow"}
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """One table a case, the reasons under it, and the verdict last."""
+    for case in report["cases"]:
+        console.print(_table(case))
+        for backend in case["backends"]:
+            _print_reason(backend, console)
+        for pair in case["pairs"]:
+            if not pair["conforms"]:
+                console.print(f"{pair['first']} against {pair['second']}: {pair['tensor']} differs by "
+                              f"{_number(pair['worst'])} of what both may be off", soft_wrap=True)
+        console.print()
+    verdict = "conforms" if report["conforms"] else "does not conform"
+    console.print(Text(verdict, style="bold green" if report["conforms"] else "bold red"))
+
+
+def _table(case: dict[str, Any]) -> Table:
+    capped = f", capped: {case['rows']:,} of {case['published_rows']:,} rows" if case["capped"] else ""
+    title = (f"{case['spec']}: {case['tables']} tables{capped}; {case['data']}, batch {case['batch_size']}, "
+             f"{case['steps']} steps")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("backend", "verdict", "tensors", "elements", "worst error / bound", "at", "worst against others"):
+        table.add_column(name, justify="right" if name in ("tensors", "elements", "worst error / bound",
+                                                           "worst against others") else "left")
+    for backend in case["backends"]:
+        ran = backend["tensors"] > 0
+        against = [pair["worst"] for pair in case["pairs"] if backend["backend"] in (pair["first"], pair["second"])]
+        table.add_row(
+            backend["backend"], Text(_status(backend), style=_STYLES[backend["status"]]),
+            f"{backend['tensors']:,}" if ran else "", f"{backend['elements']:,}" if ran else "",
+            _number(backend["worst"]["worst"]) if ran else "", backend["worst"]["tensor"] if ran else "",
+            _number(max(against, key=float)) if against else "")
+    return table
+
+
+def _status(backend: dict[str, Any]) -> str:
+    forward_only = " (forward)" if backend["status"] == "conforms" and not backend["trains"] else ""
+    return backend["status"] + forward_only
+
+
+def _print_reason(backend: dict[str, Any], console: Console) -> None:
+    if backend["status"] == "missing":
+        console.print(f"{backend['backend']} is missing: {backend['reason']}; {backend['remedy']}", soft_wrap=True)
+    elif backend["status"] == "error":
+        console.print(f"{backend['backend']} failed to run: {backend['reason']}", soft_wrap=True)
+    elif backend["status"] == "fails":
+        console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
+
+
+def _number(value: float | str) -> str:
+    return f"{float(value):.3g}"

@@ -1,0 +1,83 @@
+"""What a conformance run found, as plain data: report.json, from which every other report is made."""
+
+import json
+import math
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from conformance.run import BackendResult, CaseResult
+from conformance.verdict import RATIO_EDGES, TensorVerdict
+from spec.files import write_text
+from spec.rounding import C, U
+
+FORMAT = 1
+"""Version of report.json. It rises when a reader would have to change."""
+
+
+def as_dict(results: list[CaseResult]) -> dict[str, Any]:
+    """The whole run; numbers that JSON lacks (inf, nan) become strings."""
+    return _plain({
+        "format": FORMAT,
+        "product": f"dlrm-parity {version('dlrm-parity')}",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "conforms": bool(results) and all(result.conforms for result in results),
+        "bound": {"c": C, "u": U, "rule": "|error| <= c * sqrt(variance)"},
+        "histogram_edges": RATIO_EDGES,
+        "cases": [_case(result) for result in results],
+    })
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _case(result: CaseResult) -> dict[str, Any]:
+    case, spec = result.case, result.case.spec
+    return {
+        "spec": spec.name,
+        "digest": spec.digest,
+        "capped": spec.is_capped,
+        "tables": len(spec.tables),
+        "rows": sum(table.rows for table in spec.tables),
+        "published_rows": sum(table.published_rows or table.rows for table in spec.tables),
+        "batch_size": case.batches[0].size,
+        "published_batch_size": spec.batch_size,
+        "data": case.source,
+        "seed": case.seed,
+        "steps": len(case.batches),
+        "optimizers": list(case.optimizers),
+        "conforms": result.conforms,
+        "backends": [_backend(backend) for backend in result.backends],
+        "pairs": [asdict(pair) | {"conforms": pair.conforms} for pair in result.pairs],
+    }
+
+
+def _backend(result: BackendResult) -> dict[str, Any]:
+    worst = result.worst
+    return {
+        "backend": result.backend, "status": result.status, "engine": result.engine, "trains": result.trains,
+        "reason": result.reason, "remedy": result.remedy,
+        "tensors": len(result.verdicts), "elements": result.elements,
+        "worst": worst and _verdict(worst), "summary": worst.summary() if worst else "",
+        "sections": [
+            {"optimizer": section.optimizer, "steps": section.steps, "kinks": section.kinks,
+             "tensors": [_verdict(verdict) for verdict in section.tensors]}
+            for section in result.sections],
+    }
+
+
+def _verdict(verdict: TensorVerdict) -> dict[str, Any]:
+    return asdict(verdict) | {"conforms": verdict.conforms}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

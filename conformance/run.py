@@ -1,0 +1,229 @@
+"""Running a case on a backend and judging everything that it computes."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from conformance.case import Case
+from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, ratio
+from spec.backend import Backend, Model
+from spec.errors import EngineError
+from spec.model import ModelSpec
+from spec.parameters import Arrays, fixed_parameters
+from spec.pooling import coalesce
+from spec.reference import Evaluation, evaluate
+from spec.rounding import Tracked, exact
+from spec.tensors import activations, slice_names, trace_names
+from spec.update import update
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Section:
+    """Verdicts of one comparison: the trace (`optimizer` None), or the training steps under one optimizer.
+
+    `kinks` counts reference elements within reach of a kink, by tensor, over all steps.
+    """
+
+    optimizer: str | None
+    steps: int
+    tensors: list[TensorVerdict] = field(default_factory=list)
+    kinks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class BackendResult:
+    """`status`: "conforms", "fails", "missing" (not installed: see reason and remedy) or "error"."""
+
+    backend: str
+    status: str
+    engine: str = ""
+    trains: bool = True
+    reason: str = ""
+    remedy: str = ""
+    sections: list[Section] = field(default_factory=list)
+
+    @property
+    def verdicts(self) -> list[TensorVerdict]:
+        return [verdict for section in self.sections for verdict in section.tensors]
+
+    @property
+    def elements(self) -> int:
+        return sum(verdict.elements for verdict in self.verdicts)
+
+    @property
+    def worst(self) -> TensorVerdict | None:
+        """The first tensor, in the order of computation, that does not conform; else the one nearest its bound."""
+        failing = [verdict for verdict in self.verdicts if not verdict.conforms]
+        if failing:
+            return failing[0]
+        return max(self.verdicts, key=lambda verdict: verdict.worst, default=None)
+
+
+@dataclass
+class PairResult:
+    """Two backends on the same trace: greatest |a - b| / (C sqrt(2 variance)), and where."""
+
+    first: str
+    second: str
+    tensors: int
+    elements: int
+    worst: float
+    tensor: str
+
+    @property
+    def conforms(self) -> bool:
+        return self.elements > 0 and self.worst <= 1
+
+
+@dataclass
+class CaseResult:
+    case: Case
+    backends: list[BackendResult]
+    pairs: list[PairResult]
+
+    @property
+    def conforms(self) -> bool:
+        """At least one backend ran, and nothing that ran failed."""
+        ran = [result for result in self.backends if result.status != "missing"]
+        return bool(ran) and all(result.status == "conforms" for result in ran) and all(
+            pair.conforms for pair in self.pairs)
+
+
+def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
+             progress: Progress = lambda message: None) -> CaseResult:
+    """Every backend in turn, then every pair of them. `progress` is told what is about to run, once a step."""
+    results, traces = [], {}
+    for backend in backends:
+        availability = backend.available()
+        if not availability.ok:
+            results.append(BackendResult(backend.name, "missing", trains=backend.trains,
+                                         reason=availability.reason, remedy=availability.remedy))
+            continue
+        result = BackendResult(backend.name, "error", trains=backend.trains)
+        results.append(result)
+        try:
+            traces[backend.name] = _run_backend(case, backend, device, result, progress)
+        except EngineError as error:
+            result.reason = str(error)
+            continue
+        right = bool(result.elements) and all(verdict.conforms for verdict in result.verdicts)
+        result.status = "conforms" if right else "fails"
+    pairs = [_compare_pair(case, (a, traces[a]), (b, traces[b])) for a, b in itertools.combinations(traces, 2)]
+    return CaseResult(case, results, pairs)
+
+
+def steps_to_run(case: Case, backends: Iterable[Backend]) -> int:
+    """How often `progress` will be told of a step."""
+    return sum(1 + (len(case.optimizers) * len(case.batches) if backend.trains else 0) for backend in backends
+               if backend.available().ok)
+
+
+def _run_backend(case: Case, backend: Backend, device: str, result: BackendResult, progress: Progress) -> Arrays:
+    progress(f"{backend.name}: forward" + (" and backward" if backend.trains else ""))
+    model = backend.create(case.spec, case.parameters, device)
+    try:
+        result.engine = model.engine
+        trace = model.trace(case.batches[0])
+        result.sections.append(_judge_trace(case, model, trace, backend.trains))
+    finally:
+        model.close()
+    if backend.trains:
+        for optimizer in case.optimizers:
+            result.sections.append(_judge_training(case, backend, device, optimizer, progress))
+    return trace
+
+
+def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Section:
+    section = Section(None, 1, kinks=dict(case.first.kinks))
+    forward = set(activations(case.spec))
+    for name in trace_names(case.spec, gradients):
+        phase = "forward" if name in forward else "backward"
+        if name.endswith("_grad_indices"):
+            continue  # judged with the values
+        if name not in trace:
+            section.tensors.append(missing(name, phase))
+        elif name.endswith("_grad_values"):
+            parameter = name.removesuffix("_grad_values")
+            indices, _ = slice_names(parameter)
+            section.tensors.append(
+                judge_rows(name, trace[indices], trace[name], case.first.rows[parameter])
+                if indices in trace else missing(indices, phase))
+        else:
+            section.tensors.append(judge(name, phase, trace[name], case.first.tensors[name]))
+    predicted = judge("probability", "forward", model.predict(case.batches[0]), case.first.tensors["probability"])
+    predicted.tensor = "predict"
+    section.tensors.append(predicted)
+    return section
+
+
+def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, progress: Progress) -> Section:
+    """Train from the initial parameters; each step is judged from the state the backend itself had before it."""
+    spec = case.spec.with_optimizer(optimizer)
+    section = Section(optimizer, len(case.batches))
+    merged: dict[str, TensorVerdict] = {}
+    model = backend.create(spec, case.parameters, device)
+    try:
+        before, state = model.parameters(), model.optimizer_state()
+        for step, batch in enumerate(case.batches, start=1):
+            progress(f"{backend.name}: {optimizer}, step {step}")
+            evaluation = case.first if step == 1 else evaluate(spec, before, batch)
+            loss = model.train_step(batch)
+            after, new_state = model.parameters(), model.optimizer_state()
+            verdicts = _judge_step(spec, step, evaluation, loss, before, state, after, new_state, section)
+            for verdict in verdicts:
+                known = merged.get(verdict.tensor)
+                merged[verdict.tensor] = known.merge(verdict) if known else verdict
+            before, state = after, new_state
+    finally:
+        model.close()
+    section.tensors = list(merged.values())
+    return section
+
+
+def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, before: Arrays, state: Arrays, after: Arrays,
+                new_state: Arrays, section: Section) -> list[TensorVerdict]:
+    verdict = judge("loss", "forward", np.array(loss, np.float32), evaluation.tensors["loss"])
+    verdict.step = step
+    verdicts = [verdict]
+    old, new = before | state, after | new_state
+    for name, expected in update(spec, before, state, evaluation).items():
+        verdicts.append(judge_update(name, old[name], new[name], expected, step) if name in new and name in old
+                        else missing(name, "update"))
+        if expected.kinks:
+            section.kinks[name] = section.kinks.get(name, 0) + expected.kinks
+    for name in sorted(fixed_parameters(spec)):
+        same = name in new and np.array_equal(old[name], new[name])
+        verdicts.append(TensorVerdict(name, "update", before[name].size, step=step,
+                                      problem="" if same else "changed, and is not trained"))
+    for name, count in evaluation.kinks.items():
+        section.kinks[name] = section.kinks.get(name, 0) + count
+    return verdicts
+
+
+def _compare_pair(case: Case, first: tuple[str, Arrays], second: tuple[str, Arrays]) -> PairResult:
+    """Both traces were judged against the reference; here against each other, on the tensors both have."""
+    pair = PairResult(first[0], second[0], 0, 0, 0.0, "")
+    for name, expected in case.first.tensors.items():
+        if name in first[1] and name in second[1]:
+            _add_to_pair(pair, name, expected, first[1][name], second[1][name])
+    for parameter, expected in case.first.rows.items():
+        names = slice_names(parameter)
+        if all(name in trace for name in names for trace in (first[1], second[1])):
+            a, b = (coalesce(trace[names[0]], exact(trace[names[1]])).gradient.value for trace in (first[1], second[1]))
+            _add_to_pair(pair, names[1], expected.gradient, a, b)
+    return pair
+
+
+def _add_to_pair(pair: PairResult, name: str, expected: Tracked, a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape or a.size == 0:
+        return  # a wrong shape has failed already, against the reference
+    both = Tracked(expected.value, 2 * expected.variance)
+    worst = float(ratio(np.abs(a.astype(np.float64) - b), both.reach).max())
+    pair.tensors += 1
+    pair.elements += a.size
+    if worst >= pair.worst:
+        pair.worst, pair.tensor = worst, name

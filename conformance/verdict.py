@@ -1,0 +1,145 @@
+"""Judging one tensor of a backend against the float64 reference (SPEC.md, 10)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spec.pooling import RowGradient, coalesce
+from spec.rounding import Tracked, exact
+from spec.update import Updated
+
+RATIO_EDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+"""Edges of the histogram of error / bound: elements below the first, between two, above the last."""
+
+
+@dataclass
+class TensorVerdict:
+    """What was compared for one tensor, and its worst element.
+
+    Attributes:
+        phase: "forward", "backward" or "update".
+        elements: how many were compared (over all steps).
+        worst: greatest error / bound; infinite where the bound is 0 and the error is not.
+        place, value, reference, bound, step: of that element.
+        largest: greatest |reference|.
+        tightness: rms of the bound over rms of the reference; 0 where the arithmetic is exact.
+        null_ratio: what a null result would score as `worst`: all zeros or, for an update, the tensor left as it
+            was. None where the null result is the right one.
+        histogram: elements by error / bound, see RATIO_EDGES.
+        problem: why there is nothing to compare: missing, wrong shape, wrong dtype.
+    """
+
+    tensor: str
+    phase: str
+    elements: int = 0
+    worst: float = 0.0
+    place: list[int] = field(default_factory=list)
+    value: float = 0.0
+    reference: float = 0.0
+    bound: float = 0.0
+    step: int = 0
+    largest: float = 0.0
+    tightness: float = 0.0
+    null_ratio: float | None = None
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(RATIO_EDGES) + 1))
+    problem: str = ""
+
+    @property
+    def conforms(self) -> bool:
+        return not self.problem and self.worst <= 1
+
+    def merge(self, later: "TensorVerdict") -> "TensorVerdict":
+        """The same tensor at another step: the worse of the two, over the elements of both."""
+        worse = later if (bool(later.problem), later.worst) > (bool(self.problem), self.worst) else self
+        ratios = [r for r in (self.null_ratio, later.null_ratio) if r is not None]
+        return TensorVerdict(
+            self.tensor, self.phase, self.elements + later.elements, worse.worst, worse.place, worse.value,
+            worse.reference, worse.bound, worse.step, max(self.largest, later.largest),
+            max(self.tightness, later.tightness), min(ratios, default=None),
+            [a + b for a, b in zip(self.histogram, later.histogram, strict=True)], worse.problem)
+
+    def summary(self) -> str:
+        """One line: what is wrong and where, or the worst of what is right."""
+        if self.problem:
+            return f"{self.tensor}: {self.problem}"
+        return (f"{self.tensor}{self.place} = {self.value:.9g}, expected {self.reference:.9g} +- {self.bound:.2g} "
+                f"(error / bound {self.worst:.3g}, step {self.step})")
+
+
+def missing(tensor: str, phase: str, problem: str = "the backend did not return it") -> TensorVerdict:
+    return TensorVerdict(tensor, phase, problem=problem)
+
+
+def ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """error / bound, where 0 / 0 is 0 and a NaN error is infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = np.where(error == 0, 0.0, error / bound)
+    return np.where(np.isnan(quotient), np.inf, quotient)
+
+
+def judge(tensor: str, phase: str, value: np.ndarray, expected: Tracked) -> TensorVerdict:
+    """Compare a float32 tensor with the reference, element by element."""
+    problem = _unfit(value, expected.value.shape)
+    return missing(tensor, phase, problem) if problem else _compare(tensor, phase, value, expected)
+
+
+def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: RowGradient) -> TensorVerdict:
+    """Compare a sparse gradient, its duplicates summed first. Rows left out count as zero; rows too many fail."""
+    problem = _unfit(values, (len(indices), *expected.gradient.value.shape[1:]))
+    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+        problem = f"expected integer indices [K], found {indices.dtype}{list(indices.shape)}"
+    if problem:
+        return missing(tensor, "backward", problem)
+    found = coalesce(indices, exact(values))
+    extra = np.setdiff1d(found.rows, expected.rows)
+    if extra.size:
+        return missing(tensor, "backward", f"row {int(extra[0])} has a gradient and was not looked up")
+    complete = np.zeros(expected.gradient.value.shape)
+    complete[np.searchsorted(expected.rows, found.rows)] = found.gradient.value
+    return _compare(tensor, "backward", complete, expected.gradient, rows=expected.rows)
+
+
+def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: Updated, step: int) -> TensorVerdict:
+    """Compare a parameter or a moment after a step; rows that the step does not concern must keep their bits."""
+    problem = _unfit(after, before.shape)
+    if problem:
+        return missing(tensor, "update", problem)
+    rows = slice(None) if expected.rows is None else expected.rows
+    verdict = _compare(tensor, "update", after[rows], expected.new, expected.rows, before[rows], step)
+    if expected.rows is not None:
+        untouched = np.ones(len(before), bool)
+        untouched[rows] = False
+        changed = untouched & (before != after).reshape(len(before), -1).any(1)
+        others = int(untouched.sum()) * (before.size // max(len(before), 1))
+        verdict.elements += others
+        verdict.histogram[0] += others
+        if changed.any():
+            verdict.problem = f"row {int(np.flatnonzero(changed)[0])} changed, and was not looked up"
+    return verdict
+
+
+def _unfit(value: np.ndarray, shape: tuple[int, ...]) -> str:
+    if value.dtype == np.float32 and value.shape == shape:
+        return ""
+    return f"expected float32{list(shape)}, found {value.dtype}{list(value.shape)}"
+
+
+def _compare(tensor: str, phase: str, value: np.ndarray, expected: Tracked, rows: np.ndarray | None = None,
+             null: np.ndarray | float = 0.0, step: int = 0) -> TensorVerdict:
+    """`rows` names the rows of `value` in messages; `null` is the null result (see TensorVerdict)."""
+    if value.size == 0:
+        return TensorVerdict(tensor, phase, step=step)
+    bound = expected.reach
+    ratios = ratio(np.abs(value - expected.value), bound)
+    place = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
+    named = [int(i) for i in place]
+    if rows is not None:
+        named[0] = int(rows[place[0]])
+    scale = float(np.sqrt(np.mean(expected.value**2)))
+    distance = np.abs(expected.value - null)
+    return TensorVerdict(
+        tensor, phase, value.size, float(ratios[place]), named, float(value[place]), float(expected.value[place]),
+        float(bound[place]), step, float(np.abs(expected.value).max()),
+        float(np.sqrt(np.mean(bound**2))) / scale if scale else 0.0,
+        float(ratio(distance, bound).max()) if distance.any() else None,
+        np.bincount(np.searchsorted(RATIO_EDGES, ratios.ravel()), minlength=len(RATIO_EDGES) + 1).tolist())

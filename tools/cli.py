@@ -1,0 +1,156 @@
+"""The `dlrm` command. Commands import what they need when they run, so that --help stays instant."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+
+
+class _Group(click.Group):
+    """Turns the errors a user can cause into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        from spec.errors import EngineError, InputError
+        try:
+            return super().invoke(ctx)
+        except (InputError, EngineError) as error:
+            raise click.exceptions.Exit(_fail(str(error))) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
+
+def _fail(message: str) -> int:
+    click.echo("dlrm: " + " ".join(message.split()), err=True)
+    return 2
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]},
+             epilog=_example("dlrm conform tiny"))
+@click.version_option(package_name="dlrm-parity")
+def main() -> None:
+    """One specification of DLRM, a PyTorch and a Caffe2 implementation of it, and a proof that they agree.
+
+    Exit status: 0 it conforms or is done, 1 it does not conform, 2 the input was bad or an engine failed.
+    """
+
+
+@main.group()
+def spec() -> None:
+    """Look at model specs: shipped presets, or TOML files."""
+
+
+@spec.command("list", epilog=_example("dlrm spec list"))
+def spec_list() -> None:
+    """List the shipped presets."""
+    from tools.specs import print_list
+    print_list()
+
+
+@spec.command("show", epilog=_example("dlrm spec show criteo-kaggle --max-rows 1000"))
+@click.argument("name")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
+def spec_show(name: str, max_rows: int | None) -> None:
+    """Print a spec as TOML: a preset's NAME or the path of a .toml file."""
+    from spec import toml
+    click.echo(toml.dumps(_load(name, max_rows)), nl=False)
+
+
+@spec.command("validate", epilog=_example("dlrm spec validate my-model.toml"))
+@click.argument("names", nargs=-1, required=True)
+def spec_validate(names: tuple[str, ...]) -> None:
+    """Check spec files; the first error ends it."""
+    from tools.specs import describe
+    for name in names:
+        click.echo(f"{name}: valid, {describe(_load(name))}")
+
+
+@spec.command("schema", epilog=_example("dlrm spec schema > dlrm-spec.schema.json"))
+def spec_schema() -> None:
+    """Print the JSON Schema of spec files."""
+    import json
+
+    from spec import toml
+    click.echo(json.dumps(toml.schema(), indent=2))
+
+
+@main.command(epilog=_example(
+    "dlrm conform tiny",
+    "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report"))
+@click.argument("specs", nargs=-1, required=True)
+@click.option("--backend", "backends", multiple=True, metavar="NAME",
+              help="A backend to run; repeat for several.  [default: every registered one]")
+@click.option("--optimizer", "optimizers", multiple=True, type=click.Choice(OPTIMIZERS),
+              help="Train with it; repeat for several.  [default: all three]")
+@click.option("--steps", type=click.IntRange(min=0), default=10, show_default=True,
+              help="Training steps under each optimizer; 0 compares forward and backward alone.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples a batch.  [default: the spec's own]")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
+@click.option("--data", default="random", show_default=True, metavar="SOURCE",
+              help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of parameters and random data.")
+@click.option("--device", default="cpu", show_default=True, help="Where backends run; never tried on a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report as JSON to this file.")
+def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int,
+            batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
+            json_path: Path | None) -> None:
+    """Check that backends compute what the spec says: forward, backward, and every optimizer step.
+
+    SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
+    within a bound derived from the arithmetic, and against the other backends.
+    """
+    from tools.conform import run
+    loaded = [_load(name, max_rows) for name in specs]
+    ok = run(loaded, backends, optimizers or OPTIMIZERS, steps, batch_size, data, seed, device, out, json_path)
+    raise click.exceptions.Exit(0 if ok else 1)
+
+
+@main.command(epilog=_example("dlrm export criteo-kaggle --max-rows 1000 --out exported"))
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parameters.")
+@click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx"]),
+              help="What to write; repeat for both.  [default: both]")
+def export(name: str, out: Path, max_rows: int | None, seed: int, formats: tuple[str, ...]) -> None:
+    """Write a model as Caffe2 NetDefs (init, predict, train) and as ONNX (predict; with functions, and inlined)."""
+    from tools.export import run
+    for path in run(_load(name, max_rows), out, seed, formats or ("netdef", "onnx")):
+        click.echo(path)
+
+
+@main.group()
+def engine() -> None:
+    """Install and inspect genuine Caffe2, the engine that runs in a worker of its own."""
+
+
+@engine.command("install", epilog=_example("dlrm engine install", "dlrm engine install --python /usr/bin/python3.9"))
+@click.option("--python", "interpreter", type=click.Path(path_type=Path),
+              help="A Python 3.7, 3.8 or 3.9.  [default: searched for]")
+def engine_install(interpreter: Path | None) -> None:
+    """Make the virtual environment of genuine Caffe2 (PyTorch 1.10.2; about 2 GB)."""
+    from tools.engine import install
+    install(interpreter)
+
+
+@engine.command("status", epilog=_example("dlrm engine status"))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the status as JSON to this file.")
+def engine_status(json_path: Path | None) -> None:
+    """Say which engines run here: builds, operators, BLAS path, threads."""
+    from tools.engine import print_status
+    print_status(json_path)
+
+
+def _load(name: str, max_rows: int | None = None):  # noqa: ANN202 - a ModelSpec, imported late
+    from spec import toml
+    loaded = toml.load(name)
+    return loaded.capped(max_rows) if max_rows else loaded

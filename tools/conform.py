@@ -1,0 +1,68 @@
+"""`dlrm conform`: cases, backends, a progress bar and reports."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from conformance import report as reports
+from conformance.case import make_case
+from conformance.console import print_report
+from conformance.html import write_html
+from conformance.run import run_case, steps_to_run
+from spec.backend import backend_names, load_backend
+from spec.errors import InputError
+from spec.files import replacing
+from spec.model import ModelSpec
+
+
+def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[str], steps: int,
+        batch_size: int | None, source: str, seed: int, device: str, out: Path | None, json_path: Path | None) -> bool:
+    """Run everything, print and write the reports; True when all that ran conforms.
+
+    Raises InputError for bad data, an unknown backend, one asked for by name that is not installed, and an
+    output that can't be written, all before anything runs.
+    """
+    backends = [load_backend(name) for name in names or backend_names()]
+    for backend in backends if names else ():
+        availability = backend.available()
+        if not availability.ok:
+            raise InputError(f"backend '{backend.name}'", "an installed engine", availability.reason,
+                             availability.remedy)
+    html_path = out / "report.html" if out else None
+    json_paths = [path for path in (json_path, out / "report.json" if out else None) if path]
+    for path in [*json_paths, html_path]:
+        if path:
+            _check_writable(path)
+    cases = [make_case(spec, source, seed, batch_size, steps, optimizers) for spec in specs]
+    with _progress() as progress:
+        task = progress.add_task("", total=sum(steps_to_run(case, backends) for case in cases))
+        results = []
+        for case in cases:
+            def advance(message: str, name: str = case.spec.name) -> None:
+                progress.update(task, advance=1, description=f"{name}: {message}")
+            results.append(run_case(case, backends, device, advance))
+    report = reports.as_dict(results)
+    for path in json_paths:
+        reports.write_json(report, path)
+    if html_path:
+        write_html(report, html_path)
+    print_report(report, Console(width=None if sys.stdout.isatty() else 160))
+    return report["conforms"]
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(str(path), "a file name", "a folder", "name a file in it")
+    with replacing(path.with_name(path.name + ".check")) as temporary:
+        temporary.touch()
+    path.with_name(path.name + ".check").unlink()
+
+
+def _progress() -> Progress:
+    """Drawn on stderr, and only where that is a terminal."""
+    console = Console(stderr=True)
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    console=console, transient=True, disable=not console.is_terminal)
