@@ -53,6 +53,8 @@ class Batch:
     def validate(self, spec: ModelSpec) -> None:
         """Raise InputError naming the first array, and its first element, that the spec does not allow."""
         _expect("dense", self.dense, np.float32, (None, spec.dense_features))
+        if self.size == 0:
+            raise InputError("dense", "at least one sample", "none", "the mean over no samples has no value")
         _expect("label", self.label, np.float32, (self.size, 1))
         for name, array in (("dense", self.dense), ("label", self.label)):
             if not np.isfinite(array).all():

@@ -7,16 +7,30 @@ import hashlib
 import itertools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from spec.errors import InputError
 
 Size = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+
+MOST_ROWS = 2**31
+"""Indices are drawn from 32-bit words (SPEC.md, 7)."""
 
 
 def _one_or_list(description: str) -> WithJsonSchema:
-    size = {"type": "integer", "exclusiveMinimum": 0}
+    size = {"type": "integer", "exclusiveMinimum": 0, "maximum": MOST_ROWS}
     return WithJsonSchema({"anyOf": [size, {"type": "array", "items": size, "minItems": 1}],
                            "description": description})
 
@@ -35,17 +49,30 @@ class _Frozen(BaseModel):
 class Table(_Frozen):
     """One embedding table [rows, embedding_dim] and how the rows of a bag are pooled."""
 
-    rows: Annotated[Size, _one_or_list(
+    rows: Annotated[Size, Field(le=MOST_ROWS), _one_or_list(
         "rows of the table; a list in the file makes one table of each number")]
     published_rows: Annotated[
-        Size | None, _one_or_list("rows before they were capped for a small machine")] = None
+        Size | None, Field(le=MOST_ROWS), _one_or_list("rows before they were capped")] = None
     pooling: Literal["sum", "mean", "weighted_fixed", "weighted_learned"] = "sum"
     lookups: Size | tuple[Count, Size] = Field(
         default=1, description="k: every bag holds exactly k rows (1 is one-hot); "
                                "[min, max]: bags are ragged, expected to hold min to max rows")
 
+    @field_validator("lookups", mode="wrap")
+    @classmethod
+    def _in_one_of_its_forms(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+        """Pydantic's own error would name a branch of the union, which is no key of the file."""
+        try:
+            return parse(value)
+        except ValidationError:
+            raise _mismatch("", "k, a whole number above 0, or [min, max] with min 0 or more", repr(value)[:80],
+                            "lookups = 1 is one-hot") from None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.published_rows is not None and self.published_rows <= self.rows:
+            raise _mismatch("published_rows", f"more than {self.rows}, the rows they were capped to",
+                            self.published_rows, "remove the key where nothing was capped")
         if isinstance(self.lookups, tuple) and self.lookups[0] > self.lookups[1]:
             raise _mismatch("lookups", "[min, max] with min <= max", list(self.lookups), "swap the two")
         return self
@@ -69,7 +96,7 @@ class MLP(_Frozen):
 
 class Interaction(_Frozen):
     kind: Literal["dot", "cat"] = "dot"
-    self_interaction: bool = False
+    self_interaction: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,7 +109,7 @@ class Loss(_Frozen):
     """Mean over the batch. `clip` c keeps the probability in [c, 1-c]; `weights` are those of class 0 and 1."""
 
     kind: Literal["mse", "bce", "bce_logits", "wbce"] = "bce"
-    clip: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    clip: Annotated[float, Field(ge=0, lt=0.5, strict=True)] = 0.0
     weights: tuple[Rate, Rate] | None = None
 
     @model_validator(mode="after")
@@ -102,8 +129,7 @@ class Loss(_Frozen):
 class Optimizer(_Frozen):
     kind: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
     learning_rate: Rate = 0.1
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False,
-                                description="added to the root; the Adagrads only")] = 1e-10
+    eps: Annotated[Rate, Field(description="added to the root; the Adagrads only")] = 1e-10
 
 
 class ModelSpec(_Frozen):
@@ -134,6 +160,9 @@ class ModelSpec(_Frozen):
             if not isinstance(entry, dict) or not isinstance(entry.get("rows"), list):
                 expanded.append(entry)
                 continue
+            if not entry["rows"]:
+                raise _mismatch(f"tables.{number}.rows", "a number, or a list of them", "an empty list",
+                                "list the rows of each table")
             published = entry.get("published_rows", [None] * len(entry["rows"]))
             if not isinstance(published, list) or len(published) != len(entry["rows"]):
                 raise _mismatch(f"tables.{number}.published_rows", f"{len(entry['rows'])} numbers, as in rows",
@@ -183,7 +212,12 @@ class ModelSpec(_Frozen):
         return any(table.published_rows is not None for table in self.tables)
 
     def capped(self, max_rows: int) -> "ModelSpec":
-        """The same model with at most `max_rows` rows a table; both numbers are kept."""
+        """The same model with at most `max_rows` rows a table; both numbers are kept.
+
+        Raises InputError for less than one row.
+        """
+        if max_rows < 1:
+            raise InputError("max rows", "1 or more", max_rows, "a table has at least one row")
         tables = tuple(
             table if table.rows <= max_rows else
             table.model_copy(update={"rows": max_rows, "published_rows": table.published_rows or table.rows})

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from spec.errors import InputError
 from spec.files import write_text
-from spec.model import Interaction, Loss, MLP, ModelSpec, Optimizer, Table
+from spec.model import MLP, Interaction, Loss, ModelSpec, Optimizer, Table
 
 
 def preset_names() -> tuple[str, ...]:
@@ -82,13 +83,13 @@ def _input_error(error: ValidationError) -> InputError:
     where = ".".join(str(part) for part in first["loc"]) or "spec"
     if first["type"] == "mismatch":
         context = first["ctx"]
-        prefix = f"{where}." if first["loc"] else ""
-        return InputError(prefix + context["where"], context["expected"], context["found"], context["remedy"])
+        inner = ".".join(str(part) for part in (*first["loc"], context["where"]) if part != "")
+        return InputError(inner, context["expected"], context["found"], context["remedy"])
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(first["loc"][-1]), _KEYS, 1)
         return InputError(where, "only known keys", "an unknown key",
                           f"did you mean '{close[0]}'?" if close else "remove it, or see 'dlrm spec schema'")
     if first["type"] == "missing":
         return InputError(where, "a value", "none", "add the key")
-    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return InputError(where, message, repr(first["input"])[:80], "see 'dlrm spec schema'")
+    expected = re.sub(r"^\w+ should (be |have |match )?| after validation.*$", "", first["msg"])
+    return InputError(where, expected, repr(first["input"])[:80], "see 'dlrm spec schema'")
