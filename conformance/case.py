@@ -3,14 +3,15 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from spec.batch import Batch
 from spec.data import open_batches
-from spec.model import ModelSpec
+from spec.model import ModelSpec, Optimizer
 from spec.parameters import Arrays, initial_parameters
 from spec.reference import Evaluation, evaluate
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer.model_fields["kind"].annotation)
 
 
 @dataclass
@@ -37,10 +38,14 @@ class Case:
         return self._first
 
 
+MOST_SAMPLES = 512
+"""Batches are cut to this size unless another is asked for: float64 takes its time."""
+
+
 def make_case(spec: ModelSpec, source: str = "random", seed: int = 0, batch_size: int | None = None,
               steps: int = 10, optimizers: Sequence[str] = OPTIMIZERS) -> Case:
     """Draw parameters and read batches. Raises InputError for bad data."""
-    stream = open_batches(source, spec, batch_size or spec.batch_size, seed)
+    stream = open_batches(source, spec, batch_size or min(spec.batch_size, MOST_SAMPLES), seed)
     batches = list(itertools.islice(stream, max(steps, 1)))
     for batch in batches:
         batch.validate(spec)

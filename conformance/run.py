@@ -184,8 +184,8 @@ def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, p
     return section
 
 
-def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, before: Arrays, state: Arrays, after: Arrays,
-                new_state: Arrays, section: Section) -> list[TensorVerdict]:
+def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, before: Arrays, state: Arrays,
+                after: Arrays, new_state: Arrays, section: Section) -> list[TensorVerdict]:
     verdict = judge("loss", "forward", np.array(loss, np.float32), evaluation.tensors["loss"])
     verdict.step = step
     verdicts = [verdict]
@@ -213,7 +213,8 @@ def _compare_pair(case: Case, first: tuple[str, Arrays], second: tuple[str, Arra
     for parameter, expected in case.first.rows.items():
         names = slice_names(parameter)
         if all(name in trace for name in names for trace in (first[1], second[1])):
-            a, b = (coalesce(trace[names[0]], exact(trace[names[1]])).gradient.value for trace in (first[1], second[1]))
+            a, b = (coalesce(trace[names[0]], exact(trace[names[1]])).gradient.value
+                    for trace in (first[1], second[1]))
             _add_to_pair(pair, names[1], expected.gradient, a, b)
     return pair
 

@@ -5,6 +5,7 @@ The training loop, the benchmark and the conformance suite are written once agai
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol
 
@@ -80,9 +81,20 @@ def backend_names() -> tuple[str, ...]:
 
 
 def load_backend(name: str) -> Backend:
-    """The backend registered as `name`. Raises InputError for an unknown one."""
+    """The backend registered as `name`, or `module:attribute`. Raises InputError for an unknown one."""
+    if ":" in name:
+        return _import_backend(name)
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return entry.load()
     raise InputError(f"backend '{name}'", f"one of {', '.join(backend_names())}", "no such backend",
                      f"packages register backends under the entry-point group '{GROUP}'")
+
+
+def _import_backend(path: str) -> Backend:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"backend '{path}'", "module:attribute that can be imported", error,
+                         "check the spelling and PYTHONPATH") from None

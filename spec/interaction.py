@@ -4,7 +4,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import ModelSpec
-from spec.rounding import U, Tracked
+from spec.rounding import Tracked, U
 
 
 def forward(spec: ModelSpec, vectors: list[Tracked]) -> dict[str, Tracked]:
@@ -18,7 +18,8 @@ def forward(spec: ModelSpec, vectors: list[Tracked]) -> dict[str, Tracked]:
     return {"interaction.features": features_BFE, "interaction.products": products_BFF, "interaction.output": output}
 
 
-def backward(spec: ModelSpec, tensors: dict[str, Tracked], doutput: Tracked) -> tuple[dict[str, Tracked], list[Tracked]]:
+def backward(spec: ModelSpec, tensors: dict[str, Tracked],
+             doutput: Tracked) -> tuple[dict[str, Tracked], list[Tracked]]:
     """(gradients of the interaction's inner tensors by name, gradients of the F vectors)."""
     dimension = spec.embedding_dim
     if spec.interaction.kind == "cat":

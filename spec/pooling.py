@@ -6,7 +6,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import Table
-from spec.rounding import U, Tracked
+from spec.rounding import Tracked, U
 
 
 class RowGradient(NamedTuple):

@@ -19,6 +19,10 @@ C = 16.0
 """An element conforms when |error| <= C sqrt(variance). One constant for everything: also for how near a
 kink (ReLU at 0, a clip's bounds, Adagrad's sign) a value must be for the engine to land on the other side."""
 
+FLIP = 1 / C
+"""Share of the elements within reach of a kink that are granted to land on its other side: the variance of a
+term t that may be there or not is t^2 / C, so that one flipped term uses a quarter of its tensor element's bound."""
+
 FUNCTION = (4 * U) ** 2
 """Relative variance granted to one evaluation of exp, log or sigmoid: 4 ULP."""
 
@@ -99,9 +103,9 @@ def relu(z: Tracked) -> Tracked:
 
 
 def relu_gradient(z: Tracked, dy: Tracked) -> Tracked:
-    """dy where z > 0. Near 0 the engine's mask may differ: the variance takes the whole term in."""
+    """dy where z > 0. Near 0 the engine's mask may differ."""
     on = z.value > 0
-    variance = np.where(near(z, 0), dy.variance + dy.value**2, np.where(on, dy.variance, 0))
+    variance = np.where(near(z, 0), dy.variance + FLIP * dy.value**2, np.where(on, dy.variance, 0))
     return Tracked(np.where(on, dy.value, 0), variance)
 
 

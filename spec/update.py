@@ -8,7 +8,7 @@ from spec import rounding
 from spec.model import ModelSpec
 from spec.parameters import Arrays, is_sparse, moment_name, trained_parameters
 from spec.reference import Evaluation
-from spec.rounding import C, U, UNDERFLOW, Tracked
+from spec.rounding import UNDERFLOW, C, Tracked, U
 
 
 class Updated(NamedTuple):

@@ -18,6 +18,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (InputError, EngineError) as error:
             raise click.exceptions.Exit(_fail(str(error))) from None
+        except KeyboardInterrupt:
+            click.echo("dlrm: interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.exceptions.Exit(0) from None
@@ -91,7 +94,7 @@ def spec_schema() -> None:
               help="Train with it; repeat for several.  [default: all three]")
 @click.option("--steps", type=click.IntRange(min=0), default=10, show_default=True,
               help="Training steps under each optimizer; 0 compares forward and backward alone.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples a batch.  [default: the spec's own]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples a batch.  [default: the spec's own, at most 512]")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--data", default="random", show_default=True, metavar="SOURCE",
               help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")
@@ -136,10 +139,11 @@ def engine() -> None:
 @engine.command("install", epilog=_example("dlrm engine install", "dlrm engine install --python /usr/bin/python3.9"))
 @click.option("--python", "interpreter", type=click.Path(path_type=Path),
               help="A Python 3.7, 3.8 or 3.9.  [default: searched for]")
-def engine_install(interpreter: Path | None) -> None:
+@click.option("--optional", is_flag=True, help="Where there is no such Python, say so and succeed.")
+def engine_install(interpreter: Path | None, optional: bool) -> None:
     """Make the virtual environment of genuine Caffe2 (PyTorch 1.10.2; about 2 GB)."""
     from tools.engine import install
-    install(interpreter)
+    install(interpreter, optional)
 
 
 @engine.command("status", epilog=_example("dlrm engine status"))
@@ -150,7 +154,7 @@ def engine_status(json_path: Path | None) -> None:
     print_status(json_path)
 
 
-def _load(name: str, max_rows: int | None = None):  # noqa: ANN202 - a ModelSpec, imported late
+def _load(name: str, max_rows: int | None = None):
     from spec import toml
     loaded = toml.load(name)
     return loaded.capped(max_rows) if max_rows else loaded

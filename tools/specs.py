@@ -1,0 +1,34 @@
+"""`dlrm spec`: presets as a table."""
+
+import math
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from spec import toml
+from spec.model import ModelSpec
+from spec.parameters import parameter_shapes
+
+
+def describe(spec: ModelSpec) -> str:
+    """One line: what the model is made of, and its size as float32."""
+    count = sum(math.prod(shape) for shape in parameter_shapes(spec).values())
+    return (f"{len(spec.tables)} tables x {spec.embedding_dim}, {spec.interaction.kind}, {spec.loss.kind}, "
+            f"{spec.optimizer.kind}, {count:,} parameters ({count * 4 / 2**30:.2f} GiB)")
+
+
+def print_list() -> None:
+    """Every shipped preset."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("preset", "tables", "dim", "bottom", "top", "interaction", "loss", "batch", "GiB"):
+        table.add_column(column, justify="right" if column in ("tables", "dim", "batch", "GiB") else "left")
+    for name in toml.preset_names():
+        spec = toml.load(name)
+        count = sum(math.prod(shape) for shape in parameter_shapes(spec).values())
+        table.add_row(
+            name, str(len(spec.tables)), str(spec.embedding_dim),
+            "-".join(str(width) for width in (spec.dense_features, *spec.bottom.widths)),
+            "-".join(str(width) for width in (f"[{spec.interaction_width}]", *spec.top.widths)),
+            spec.interaction.kind, spec.loss.kind, str(spec.batch_size), f"{count * 4 / 2**30:.2f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
