@@ -6,7 +6,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import Loss
-from spec.rounding import FUNCTION, C, Tracked, U
+from spec.rounding import FLIP, FUNCTION, C, Tracked, U
 
 FLOOR = float(np.float32(1e-20))
 """Least probability whose logarithm is taken (Caffe2's LabelCrossEntropy)."""
@@ -88,8 +88,8 @@ def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) ->
     unclipped = sign * weight / (batch * floored)
     gradient_variance = (unclipped / floored) ** 2 * variance + 4 * (U * unclipped) ** 2
     gradient_variance = np.where(saturated, (weight / (batch * FLOOR)) ** 2, gradient_variance)
-    dprobability = Tracked(np.where(inside, unclipped, 0),
-                           np.where(edge, FLIP * unclipped**2 + gradient_variance, np.where(inside, gradient_variance, 0)))
+    flip = np.where(edge, FLIP * unclipped**2, 0)
+    dprobability = Tracked(np.where(inside, unclipped, 0), np.where(inside | edge, gradient_variance, 0) + flip)
 
     dlogit = rounding.sigmoid_gradient(logit, probability, dprobability)
     true = np.where(inside, sign * weight / batch * (1 - own), 0)

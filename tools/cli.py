@@ -94,7 +94,8 @@ def spec_schema() -> None:
               help="Train with it; repeat for several.  [default: all three]")
 @click.option("--steps", type=click.IntRange(min=0), default=10, show_default=True,
               help="Training steps under each optimizer; 0 compares forward and backward alone.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples a batch.  [default: the spec's own, at most 512]")
+@click.option("--batch-size", type=click.IntRange(min=1),
+              help="Samples a batch.  [default: the spec's own, at most 512]")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--data", default="random", show_default=True, metavar="SOURCE",
               help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")

@@ -57,4 +57,5 @@ def print_status(json_path: Path | None) -> None:
             details.add_row(key.replace("_", " "), str(value))
     console.print(details)
     if json_path:
-        write_text(json_path, json.dumps({"backends": backends, "caffe2": asdict(status)}, indent=1, default=str) + "\n")
+        content = {"backends": backends, "caffe2": asdict(status)}
+        write_text(json_path, json.dumps(content, indent=1, default=str) + "\n")
