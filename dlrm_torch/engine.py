@@ -1,0 +1,152 @@
+"""What runs the modules: eager PyTorch, one model resident in it."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlrm_torch.loss import mean_loss
+from dlrm_torch.model import DLRM, Tap, untapped
+from dlrm_torch.optimizer import Optimizer
+from spec.batch import Batch
+from spec.model import ModelSpec
+from spec.parameters import Arrays, is_sparse, trained_parameters
+from spec.tensors import activation_gradients, slice_names, trace_names
+
+
+class Inputs(NamedTuple):
+    """A Batch as tensors: dense [B, D], for each table indices and lengths, label [B, 1]."""
+
+    dense: Tensor
+    indices: list[Tensor]
+    lengths: list[Tensor]
+    label: Tensor
+
+
+def inputs_from(batch: Batch, device: str = "cpu") -> Inputs:
+    """The batch's own memory where PyTorch can use it as it is."""
+    return Inputs(_tensor(batch.dense, device), [_tensor(array, device) for array in batch.indices],
+                  [_tensor(array, device) for array in batch.lengths], _tensor(batch.label, device))
+
+
+def evaluate(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> Tensor:
+    """The loss, shape ()."""
+    logit, probability = model.outputs(inputs.dense, inputs.indices, inputs.lengths, tap)
+    return tap("loss", mean_loss(model.spec.loss, logit, probability, inputs.label))
+
+
+def trace(model: DLRM, inputs: Inputs) -> dict[str, Tensor]:
+    """Every tensor of `spec.tensors.trace_names`, in that order. Leaves nothing behind in the model."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        seen[name] = x
+        return x
+
+    loss = evaluate(model, inputs, keep)
+    parameters = dict(model.named_parameters())
+    wanted = {name: seen[name.removesuffix("_grad")] for name in activation_gradients(model.spec)}
+    wanted |= {f"{name}_grad": parameters[name] for name in trained_parameters(model.spec)}
+    for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
+        if gradient.is_sparse:
+            indices, values = slice_names(name.removesuffix("_grad"))
+            seen[indices], seen[values] = gradient._indices()[0], gradient._values()
+        else:
+            seen[name] = gradient
+    return {name: seen[name].detach() for name in trace_names(model.spec)}
+
+
+class TorchModel:
+    """One model of `spec.backend.Model`. Batches are validated before they are used."""
+
+    def __init__(self, spec: ModelSpec, parameters: Arrays, device: str) -> None:
+        self.spec, self.device = spec, device
+        self.module = DLRM(spec)
+        self.module.load_state_dict({name: _tensor(array, "cpu") for name, array in parameters.items()})
+        self.module.to(device)
+        self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._optimizer = Optimizer(spec, self._trained)
+        self.engine = f"PyTorch {torch.__version__} eager, {device}, {torch.get_num_threads()} threads"
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        inputs = self._inputs(batch)
+        with torch.inference_mode():
+            return _array(self.module(inputs.dense, inputs.indices, inputs.lengths))
+
+    def trace(self, batch: Batch) -> Arrays:
+        return {name: _array(x) for name, x in trace(self.module, self._inputs(batch)).items()}
+
+    def train_step(self, batch: Batch) -> float:
+        return self._step(self._inputs(batch))
+
+    def parameters(self) -> Arrays:
+        return {name: _array(x) for name, x in self.module.state_dict().items()}
+
+    def optimizer_state(self) -> Arrays:
+        return {name: _array(x) for name, x in self._optimizer.state.items()}
+
+    def profile(self, batch: Batch) -> dict[str, float]:
+        """Seconds in each ATen operator during one step, which is then undone; autograd's own work is in none."""
+        inputs = self._inputs(batch)
+        with self._undone(inputs), _Stopwatch(self.device) as stopwatch:
+            self._step(inputs)
+        return dict(stopwatch.seconds)
+
+    def close(self) -> None:
+        self.module = self._optimizer = None
+        self._trained = {}
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        batch.validate(self.spec)
+        return inputs_from(batch, self.device)
+
+    def _step(self, inputs: Inputs) -> float:
+        loss = evaluate(self.module, inputs)
+        gradients = torch.autograd.grad(loss, list(self._trained.values()))
+        self._optimizer.step(dict(zip(self._trained, gradients, strict=True)))
+        return loss.item()
+
+    @contextmanager
+    def _undone(self, inputs: Inputs) -> Iterator[None]:
+        """Put back on exit all that a step on these inputs changes: of a table, the rows that it looks up."""
+        rows = [indices.unique() for indices in inputs.indices]
+        saved = []
+        for name, tensor in (self._trained | self._optimizer.state).items():
+            part = rows[int(name.split(".")[1])] if is_sparse(name) else slice(None)
+            saved.append((tensor.detach(), part, tensor.detach()[part].clone()))
+        try:
+            yield
+        finally:
+            for tensor, part, before in saved:
+                tensor[part] = before
+
+
+class _Stopwatch(TorchDispatchMode):
+    """Times every operator that reaches a kernel. torch.profiler does too, but writes to stderr from C++."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self._finish()
+        self.seconds[str(func.overloadpacket)] += time.perf_counter() - start
+        return result
+
+
+def _tensor(array: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"])).to(device)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """A copy: traced tensors may share memory with the batch or with each other."""
+    return np.array(x.cpu().numpy(), order="C")

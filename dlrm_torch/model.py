@@ -1,0 +1,93 @@
+"""DLRM as PyTorch modules (Naumov et al. 2019, figure 1). The names of a state_dict are the spec's own."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from dlrm_torch.embedding import EmbeddingBag
+from spec.model import ModelSpec
+
+Tap = Callable[[str, Tensor], Tensor]
+"""Sees every activation under its name (`spec.tensors.activations`) and returns what the model goes on with."""
+
+
+def untapped(name: str, x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid}  # relu: gradient 0 at 0, as the spec has it
+
+
+class MLP(nn.ModuleList):
+    """The layers of "bottom" or "top"; the top's last activation is the probability, a sigmoid."""
+
+    def __init__(self, spec: ModelSpec, name: str) -> None:
+        sizes = spec.layer_sizes[name]
+        super().__init__(skip_init(nn.Linear, inputs, outputs) for inputs, outputs in sizes)
+        activation = ACTIVATIONS[getattr(spec, name).activation]
+        self.activations = [(f"{name}.{layer}.activation", activation) for layer in range(len(sizes))]
+        if name == "top":
+            self.activations[-1] = ("probability", torch.sigmoid)
+        self.preactivations = [f"{name}.{layer}.preactivation" for layer in range(len(sizes))]
+
+    def forward(self, x: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
+        """(preactivation, activation) of the last layer, both [B, out], for x [B, in]."""
+        for linear, before, (after, activation) in zip(self, self.preactivations, self.activations, strict=True):
+            z = tap(before, linear(x))
+            x = tap(after, activation(z))
+        return z, x
+
+
+class DotInteraction(nn.Module):
+    """The dense vector, then the dot products of the spec's pairs (Naumov et al. 2019, section 2.2)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        pairs_P = torch.tensor([i * spec.interacting_vectors + j for i, j in spec.pairs])
+        self.register_buffer("pairs", pairs_P, persistent=False)
+
+    def forward(self, vectors: Sequence[Tensor], tap: Tap) -> Tensor:
+        """[B, E + P] for F vectors [B, E], the dense one first."""
+        features_BFE = tap("interaction.features", torch.stack(vectors, 1))
+        products_BFF = tap("interaction.products", features_BFE @ features_BFE.transpose(1, 2))
+        return torch.cat([vectors[0], products_BFF.flatten(1).index_select(1, self.pairs)], 1)
+
+
+class CatInteraction(nn.Module):
+    """All vectors side by side."""
+
+    def forward(self, vectors: Sequence[Tensor], tap: Tap) -> Tensor:
+        """[B, F E] for F vectors [B, E], the dense one first."""
+        return torch.cat(list(vectors), 1)
+
+
+class DLRM(nn.Module):
+    """One DLRM, float32. Its parameters are not initialised: load a state_dict of `spec.parameters`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.bottom = MLP(spec, "bottom")
+        self.top = MLP(spec, "top")
+        self.tables = nn.ModuleList(EmbeddingBag(table, spec.embedding_dim) for table in spec.tables)
+        self.interaction = DotInteraction(spec) if spec.interaction.kind == "dot" else CatInteraction()
+
+    def forward(self, dense_BD: Tensor, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
+        """The probability [B, 1].
+
+        Args:
+            dense_BD: float32 [B, D].
+            indices: for each table int64 [sum of lengths], sample by sample.
+            lengths: for each table int32 [B].
+        """
+        return self.outputs(dense_BD, indices, lengths)[1]
+
+    def outputs(self, dense_BD: Tensor, indices: Sequence[Tensor], lengths: Sequence[Tensor],
+                tap: Tap = untapped) -> tuple[Tensor, Tensor]:
+        """(last preactivation, probability), both [B, 1]: some losses start from the one, some from the other."""
+        _, bottom_BE = self.bottom(dense_BD, tap)
+        pooled = [tap(f"tables.{number}.pooled", bag(*lookups)) for number, (bag, *lookups)
+                  in enumerate(zip(self.tables, indices, lengths, strict=True))]
+        return self.top(tap("interaction.output", self.interaction([bottom_BE, *pooled], tap)), tap)
