@@ -52,7 +52,7 @@ class Batch:
 
     def validate(self, spec: ModelSpec) -> None:
         """Raise InputError naming the first array, and its first element, that the spec does not allow."""
-        _expect("dense", self.dense, np.float32, (None, spec.dense_features))
+        _expect("dense", self.dense, np.float32, ("B", spec.dense_features))
         if self.size == 0:
             raise InputError("dense", "at least one sample", "none", "the mean over no samples has no value")
         _expect("label", self.label, np.float32, (self.size, 1))
@@ -76,13 +76,16 @@ class Batch:
                                  self.lengths[number][sample], "declare the table ragged: lookups = [min, max]")
 
 
-def _expect(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype:
-        raise InputError(name, f"dtype {np.dtype(dtype)}", getattr(array, "dtype", type(array).__name__),
+def _expect(name: str, array: np.ndarray, dtype: type, shape: tuple[int | str, ...]) -> None:
+    """A letter in `shape` stands for any size."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(name, "a NumPy array", type(array).__name__, "convert it with numpy.asarray")
+    if array.dtype != dtype:
+        raise InputError(name, f"dtype {np.dtype(dtype)}", array.dtype,
                          f"convert it with .astype('{np.dtype(dtype)}')")
-    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
-        expected = [("B" if want is None else want) for want in shape]
-        raise InputError(name, f"shape {expected}", list(array.shape), "see SPEC.md, 2")
+    if array.ndim != len(shape) or any(want != have for want, have in zip(shape, array.shape, strict=True)
+                                       if isinstance(want, int)):
+        raise InputError(name, f"shape [{', '.join(map(str, shape))}]", list(array.shape), "see SPEC.md, 2")
 
 
 def _expect_labels(label: np.ndarray, soft: bool) -> None:
@@ -95,7 +98,7 @@ def _expect_labels(label: np.ndarray, soft: bool) -> None:
 
 def _expect_lookups(name: str, indices: np.ndarray, lengths: np.ndarray, size: int, rows: int) -> None:
     _expect(f"{name}.lengths", lengths, np.int32, (size,))
-    _expect(f"{name}.indices", indices, np.int64, (None,))
+    _expect(f"{name}.indices", indices, np.int64, ("K",))
     if (lengths < 0).any():
         sample = int(np.flatnonzero(lengths < 0)[0])
         raise InputError(f"{name}.lengths[{sample}]", "0 or more", lengths[sample], "an empty bag has length 0")
