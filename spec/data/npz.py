@@ -22,7 +22,10 @@ def read_batch(spec: ModelSpec, path: Path) -> Batch:
     Raises InputError naming the file, and the array, for anything that is not exactly that.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("a single array")
             arrays = {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputError(str(path), "a readable file", error.strerror or error, "check the path") from None
