@@ -1,6 +1,7 @@
 """The keyed generator against Philox4x64-10 written out from its definition (Salmon et al. 2011, section 3.3)."""
 
 import hashlib
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -110,3 +111,17 @@ def test_a_drawn_table_by_hand():
                 for word in stream(9, "tables.2.weight", 160)]
     drawn = parameters.initial_parameter(spec, "tables.2.weight", seed=9)
     np.testing.assert_array_equal(drawn, np.array(expected, np.float32).reshape(20, 8))
+
+
+def test_the_example_of_the_specification():
+    """Keys, words and values that SPEC.md prints are those of the judge."""
+    text = " ".join(files("spec").joinpath("SPEC.md").read_text(encoding="utf-8").split())
+    digest = hashlib.sha256(b"0:bottom.0.weight").digest()
+    keys = [int.from_bytes(digest[start:start + 8], "little") for start in (0, 8)]
+    words = stream(0, "bottom.0.weight", 4)
+    half = (6 / (16 + 5)) ** 0.5
+    first, second = (float(np.float32(-half + 2 * half * ((word >> 8) / 2**24))) for word in words[:2])
+    assert "k0 = 0x{:016x}, k1 = 0x{:016x}".format(*keys) in text
+    assert ", ".join(f"0x{word:08x}" for word in words) in text
+    assert f"{first.hex().replace('0000000p', 'p')} and {second.hex().replace('0000000p', 'p')}" in text
+    assert f"({first:.8f} and {second:.8f})" in text
