@@ -30,13 +30,24 @@ class Case:
     seed: int
     _first: Evaluation | None = None
 
+    def under(self, optimizer: str) -> ModelSpec:
+        """The spec, trained by another optimizer."""
+        if optimizer == self.spec.optimizer.kind:
+            return self.spec
+        return self.spec.with_optimizer(optimizer, RATES[optimizer])
+
     @property
     def first(self) -> Evaluation:
-        """The reference on the initial parameters and the first batch: what every backend starts from."""
+        """The reference on the initial parameters and the first batch, kinks undecided: for backends against
+        each other."""
         if self._first is None:
             self._first = evaluate(self.spec, self.parameters, self.batches[0])
         return self._first
 
+
+RATES = {"sgd": 0.1, "adagrad": 0.001, "rowwise_adagrad": 0.001}
+"""Learning rates under an optimizer that is not the spec's own. A rate meant for SGD is no rate for Adagrad,
+whose first step is rate * sign(gradient): it saturates the model, and all later gradients vanish."""
 
 MOST_SAMPLES = 512
 """Batches are cut to this size unless another is asked for: float64 takes its time."""

@@ -63,7 +63,8 @@ def _backend(result: BackendResult) -> dict[str, Any]:
         "tensors": len(result.verdicts), "elements": result.elements,
         "worst": worst and _verdict(worst), "summary": worst.summary() if worst else "",
         "sections": [
-            {"optimizer": section.optimizer, "steps": section.steps, "kinks": section.kinks,
+            {"optimizer": section.optimizer, "steps": section.steps, "learning_rate": section.learning_rate,
+             "kinks": section.kinks,
              "tensors": [_verdict(verdict) for verdict in section.tensors]}
             for section in result.sections],
     }

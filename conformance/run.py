@@ -30,6 +30,7 @@ class Section:
 
     optimizer: str | None
     steps: int
+    learning_rate: float | None = None
     tensors: list[TensorVerdict] = field(default_factory=list)
     kinks: dict[str, int] = field(default_factory=dict)
 
@@ -138,7 +139,8 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
 
 
 def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Section:
-    section = Section(None, 1, kinks=dict(case.first.kinks))
+    expected = evaluate(case.spec, case.parameters, case.batches[0], gradients, engine=trace)
+    section = Section(None, 1, kinks=dict(expected.kinks))
     forward = set(activations(case.spec))
     for name in trace_names(case.spec, gradients):
         phase = "forward" if name in forward else "backward"
@@ -150,27 +152,30 @@ def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Se
             parameter = name.removesuffix("_grad_values")
             indices, _ = slice_names(parameter)
             section.tensors.append(
-                judge_rows(name, trace[indices], trace[name], case.first.rows[parameter])
+                judge_rows(name, trace[indices], trace[name], expected.rows[parameter])
                 if indices in trace else missing(indices, phase))
         else:
-            section.tensors.append(judge(name, phase, trace[name], case.first.tensors[name]))
-    predicted = judge("probability", "forward", model.predict(case.batches[0]), case.first.tensors["probability"])
+            section.tensors.append(judge(name, phase, trace[name], expected.tensors[name]))
+    predicted = judge("probability", "forward", model.predict(case.batches[0]), expected.tensors["probability"])
     predicted.tensor = "predict"
     section.tensors.append(predicted)
     return section
 
 
 def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, progress: Progress) -> Section:
-    """Train from the initial parameters; each step is judged from the state the backend itself had before it."""
-    spec = case.spec.with_optimizer(optimizer)
-    section = Section(optimizer, len(case.batches))
+    """Train from the initial parameters; each step is judged from the state the backend itself had before it.
+
+    The trace before the step tells on which side of each kink the backend was.
+    """
+    spec = case.under(optimizer)
+    section = Section(optimizer, len(case.batches), spec.optimizer.learning_rate)
     merged: dict[str, TensorVerdict] = {}
     model = backend.create(spec, case.parameters, device)
     try:
         before, state = model.parameters(), model.optimizer_state()
         for step, batch in enumerate(case.batches, start=1):
             progress(f"{backend.name}: {optimizer}, step {step}")
-            evaluation = case.first if step == 1 else evaluate(spec, before, batch)
+            evaluation = evaluate(spec, before, batch, engine=model.trace(batch))
             loss = model.train_step(batch)
             after, new_state = model.parameters(), model.optimizer_state()
             verdicts = _judge_step(spec, step, evaluation, loss, before, state, after, new_state, section)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spec.model import ModelSpec
@@ -18,18 +17,18 @@ class Optimizer:
     """
 
     def __init__(self, spec: ModelSpec, parameters: Mapping[str, Tensor]) -> None:
-        self.parameters = parameters
+        # Detached: torch.no_grad does not reach the threads in which add_ splits a large sparse gradient.
+        self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         # As every engine holds them; it shows only where the parameters are float64.
         self.rate, self.eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
         shapes = state_shapes(spec)
         self.state = {moment_name(name): parameter.new_zeros(shapes[moment_name(name)])
                       for name, parameter in parameters.items() if moment_name(name) in shapes}
 
-    @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """One update of each parameter named in `gradients`; a sparse gradient touches its own rows alone."""
         for name, gradient in gradients.items():
-            w = self.parameters[name]
+            w = self.parameters[name].detach()  # adding a sparse tensor views w, which a leaf refuses
             h = self.state.get(moment_name(name))
             if h is None:
                 w.add_(gradient, alpha=-self.rate)

@@ -4,7 +4,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import ModelSpec
-from spec.rounding import Tracked, U
+from spec.rounding import Tracked
 
 
 def forward(spec: ModelSpec, vectors: list[Tracked]) -> dict[str, Tracked]:
@@ -45,11 +45,11 @@ def _products(z: Tracked) -> Tracked:
     terms = z.value.shape[2]
     y = z.value @ z.value.transpose(0, 2, 1)
     squares = z.value**2
-    half = (z.variance + terms * U**2 / 2 * squares) @ squares.transpose(0, 2, 1)
+    half = (z.variance + rounding.summed(terms, squares, 0) / 2) @ squares.transpose(0, 2, 1)
     variance = half + half.transpose(0, 2, 1)
     diagonal = np.arange(z.value.shape[1])
     variance[:, diagonal, diagonal] *= 2
-    return Tracked(y, variance + terms * U**2 * y**2)
+    return Tracked(y, variance + rounding.summed(terms, 0, y))
 
 
 def _products_gradient(z: Tracked, dy: Tracked) -> Tracked:
@@ -61,5 +61,5 @@ def _products_gradient(z: Tracked, dy: Tracked) -> Tracked:
     terms = 2 * z.value.shape[1]
     dz = both @ z.value
     squares = both**2
-    dz_variance = (variance + terms * U**2 * squares) @ z.value**2 + squares @ z.variance
-    return Tracked(dz, dz_variance + terms * U**2 * dz**2)
+    dz_variance = (variance + rounding.summed(terms, squares, 0)) @ z.value**2 + squares @ z.variance
+    return Tracked(dz, dz_variance + rounding.summed(terms, 0, dz))

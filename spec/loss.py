@@ -6,7 +6,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import Loss
-from spec.rounding import FLIP, FUNCTION, C, Tracked, U
+from spec.rounding import FLIP, FUNCTION, ROUND, C, Tracked, U
 
 FLOOR = float(np.float32(1e-20))
 """Least probability whose logarithm is taken (Caffe2's LabelCrossEntropy)."""
@@ -21,30 +21,34 @@ class LossResult(NamedTuple):
     kinks: int
 
 
-def evaluate(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
-    """Mean loss over the batch, and its gradients, for logit, probability and label [B, 1]."""
+def evaluate(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
+             engine_probability: np.ndarray | None = None) -> LossResult:
+    """Mean loss over the batch, and its gradients, for logit, probability and label [B, 1].
+
+    `engine_probability` decides on which side of a clip's bound the engine is, where it may be on either.
+    """
     if loss.kind == "mse":
         return _mse(logit, probability, label)
     if loss.kind == "bce_logits":
         return _bce_logits(logit, label)
-    return _bce(loss, logit, probability, label)
+    return _bce(loss, logit, probability, label, engine_probability)
 
 
 def _mean(terms: Tracked) -> Tracked:
     batch = max(terms.value.size, 1)
     total = terms.value.sum()
     variance = terms.variance.sum() + rounding.summed(batch - 1, (terms.value**2).sum(), total)
-    return Tracked(total / batch, variance / batch**2 + 2 * (U * total / batch) ** 2)
+    return Tracked(total / batch, variance / batch**2 + 2 * ROUND * (total / batch) ** 2)
 
 
 def _mse(logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
     batch = len(label)
     difference = probability.value - label
-    variance = probability.variance + (U * difference) ** 2
+    variance = probability.variance + ROUND * difference**2
     square = difference**2
-    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * (U * square) ** 2)
+    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * ROUND * square**2)
     gradient = 2 * difference / batch
-    dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * (U * gradient) ** 2)
+    dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * ROUND * gradient**2)
     return LossResult(_mean(squares), dprobability, rounding.sigmoid_gradient(logit, probability, dprobability), 0)
 
 
@@ -55,11 +59,12 @@ def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
     sigmoid = rounding.sigmoid(logit)
     slope = sigmoid.value - label
     terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2))
-    dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * (U * slope) ** 2) / batch**2)
+    dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * ROUND * slope**2) / batch**2)
     return LossResult(_mean(terms), None, dlogit, 0)
 
 
-def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
+def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
+         engine_probability: np.ndarray | None) -> LossResult:
     """-w log(max(q, FLOOR)) with q the probability of the sample's own class, after the clip.
 
     A saturated sample, whose q is within reach of 0, may be anything up to the floor's: there an engine that
@@ -69,14 +74,17 @@ def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) ->
     weight = np.ones_like(label) if loss.weights is None else np.where(
         positive, *(float(np.float32(w)) for w in reversed(loss.weights)))
     own = np.where(positive, probability.value, rounding.sigmoid_value(-logit.value))
-    variance = probability.variance + np.where(positive, 0, (U * own) ** 2)
+    variance = probability.variance + np.where(positive, 0, ROUND * own**2)
     inside, edge = np.ones_like(positive), np.zeros_like(positive)
     if loss.clip:
         low, high = float(np.float32(loss.clip)), 1 - float(np.float32(loss.clip))
         inside = (probability.value > low) & (probability.value < high)
         edge = rounding.near(probability, low) | rounding.near(probability, high)
-        own = np.clip(own, low, high)
         variance = np.where(inside | edge, variance, 0) + np.where(inside & ~edge, 0, (2 * U) ** 2)
+        own = np.clip(own, low, high)
+        if engine_probability is not None:
+            among = (engine_probability > np.float32(low)) & (engine_probability < np.float32(high))
+            inside = np.where(edge, among, inside)
     floored = np.maximum(own, FLOOR)
     saturated = own <= C * np.sqrt(variance)
 
@@ -86,9 +94,9 @@ def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray) ->
 
     sign = np.where(positive, -1.0, 1.0)
     unclipped = sign * weight / (batch * floored)
-    gradient_variance = (unclipped / floored) ** 2 * variance + 4 * (U * unclipped) ** 2
+    gradient_variance = (unclipped / floored) ** 2 * variance + 4 * ROUND * unclipped**2
     gradient_variance = np.where(saturated, (weight / (batch * FLOOR)) ** 2, gradient_variance)
-    flip = np.where(edge, FLIP * unclipped**2, 0)
+    flip = np.where(edge, FLIP * unclipped**2, 0) if engine_probability is None else 0
     dprobability = Tracked(np.where(inside, unclipped, 0), np.where(inside | edge, gradient_variance, 0) + flip)
 
     dlogit = rounding.sigmoid_gradient(logit, probability, dprobability)

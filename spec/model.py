@@ -224,9 +224,9 @@ class ModelSpec(_Frozen):
             for table in self.tables)
         return self.model_copy(update={"tables": tables})
 
-    def with_optimizer(self, kind: str) -> "ModelSpec":
-        """The same model under another optimizer, same learning rate."""
-        optimizer = Optimizer(**{**self.optimizer.model_dump(), "kind": kind})
+    def with_optimizer(self, kind: str, learning_rate: float) -> "ModelSpec":
+        """The same model under another optimizer."""
+        optimizer = Optimizer(kind=kind, learning_rate=learning_rate, eps=self.optimizer.eps)
         return self.model_copy(update={"optimizer": optimizer})
 
     @property

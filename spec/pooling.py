@@ -6,7 +6,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import Table
-from spec.rounding import Tracked, U
+from spec.rounding import ROUND, Tracked
 
 
 class RowGradient(NamedTuple):
@@ -40,7 +40,7 @@ def forward(table: Table, weight: np.ndarray, pooling: np.ndarray | None,
     if table.pooling == "mean":
         scale = 1 / np.maximum(n, 1)
         y, variance = y * scale, variance * scale**2
-        variance += np.where(n > 1, 2 * (U * y) ** 2, 0)  # the rounded 1/n, and the product
+        variance += np.where(n > 1, 2 * ROUND * y**2, 0)  # the rounded 1/n, and the product
     return Tracked(y, variance)
 
 
@@ -52,11 +52,11 @@ def backward(table: Table, weight: np.ndarray, pooling: np.ndarray | None, indic
     if table.pooling == "mean":
         n = lengths[bag][:, None].astype(np.float64)
         value = occurrence.value / n
-        values = Tracked(value, occurrence.variance / n**2 + np.where(n > 1, 2 * (U * value) ** 2, 0))
+        values = Tracked(value, occurrence.variance / n**2 + np.where(n > 1, 2 * ROUND * value**2, 0))
     elif pooling is not None:
         w = pooling[indices].astype(np.float64)[:, None]
         value = occurrence.value * w
-        values = Tracked(value, occurrence.variance * w**2 + (U * value) ** 2)
+        values = Tracked(value, occurrence.variance * w**2 + ROUND * value**2)
     else:
         values = occurrence
     learned = None

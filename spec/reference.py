@@ -30,13 +30,15 @@ class Evaluation:
     kinks: dict[str, int] = field(default_factory=dict)
 
 
-def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool = True) -> Evaluation:
+def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool = True,
+             engine: Arrays | None = None) -> Evaluation:
     """Forward, and backward if asked for, in float64 from float32 parameters and batch.
 
-    The loss takes part in the forward pass, so `gradients=False` saves the backward work alone.
+    `engine` is the trace of the engine under judgement. Where a value is within reach of a kink, and only
+    there, the gradient follows the side that the engine itself was on; without it both sides are allowed for.
     """
     result = Evaluation()
-    tensors = result.tensors
+    tensors, engine = result.tensors, engine or {}
     wide = {name: parameters[name].astype(np.float64) for name in parameters if not name.startswith("tables.")}
 
     dense = exact(batch.dense)
@@ -53,7 +55,8 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
 
     last = len(spec.top.widths) - 1
     logit = f"top.{last}.preactivation"
-    losses = loss.evaluate(spec.loss, tensors[logit], probability, batch.label.astype(np.float64))
+    losses = loss.evaluate(spec.loss, tensors[logit], probability, batch.label.astype(np.float64),
+                           engine.get("probability"))
     tensors["loss"] = losses.loss
     if losses.kinks:
         result.kinks["probability"] = losses.kinks
@@ -61,7 +64,7 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
         if losses.dprobability is not None:
             tensors["probability_grad"] = losses.dprobability
         tensors[f"{logit}_grad"] = losses.dlogit
-        _backward(spec, parameters, batch, wide, dense, result)
+        _backward(spec, parameters, batch, wide, dense, result, engine)
     return result
 
 
@@ -86,9 +89,9 @@ def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation
 
 
 def _backward(spec: ModelSpec, parameters: Arrays, batch: Batch, wide: Arrays, dense: Tracked,
-              result: Evaluation) -> None:
+              result: Evaluation, engine: Arrays) -> None:
     tensors = result.tensors
-    doutput = _mlp_backward(spec, "top", tensors["interaction.output"], wide, result)
+    doutput = _mlp_backward(spec, "top", tensors["interaction.output"], wide, result, engine)
     tensors["interaction.output_grad"] = doutput
     inner, dvectors = interaction.backward(spec, tensors, doutput)
     tensors.update(inner)
@@ -102,10 +105,11 @@ def _backward(spec: ModelSpec, parameters: Arrays, batch: Batch, wide: Arrays, d
         if learned is not None:
             result.rows[f"{name}.pooling"] = learned
     tensors[f"bottom.{len(spec.bottom.widths) - 1}.activation_grad"] = dvectors[0]
-    _mlp_backward(spec, "bottom", dense, wide, result)
+    _mlp_backward(spec, "bottom", dense, wide, result, engine)
 
 
-def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation) -> Tracked:
+def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation,
+                  engine: Arrays) -> Tracked:
     """From the gradient recorded at the MLP's end to that of its input `x`, which is returned."""
     tensors = result.tensors
     dx = x
@@ -115,7 +119,8 @@ def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: E
         if f"{name}.activation" in tensors:
             dy = tensors[f"{name}.activation_grad"]
             tensors[f"{name}.preactivation_grad"] = (
-                rounding.relu_gradient(z, dy) if getattr(spec, mlp).activation == "relu"
+                rounding.relu_gradient(z, dy, engine.get(f"{name}.preactivation"))
+                if getattr(spec, mlp).activation == "relu"
                 else rounding.sigmoid_gradient(z, tensors[f"{name}.activation"], dy))
         source = tensors[f"{mlp}.{layer - 1}.activation"] if layer else x
         dw, db, dx = rounding.fully_connected_gradient(

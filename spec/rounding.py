@@ -1,11 +1,11 @@
 """Float64 values that carry the variance of a float32 engine's rounding error (SPEC.md, 10).
 
-Every rounding of a result y is a random error of variance at most (u y)^2; errors propagate to first order
-and add by variance. A worst-case bound would grow about 25-fold a layer at width 1024 and accept anything.
+Every rounding of a result y is a random error, uniform in +-u y; errors propagate to first order and add by
+variance. A worst-case bound would grow about 25-fold a layer at width 1024 and accept anything.
 
-For a sum of n terms t with result y the local term is n u^2 (sum t^2 + y^2): the first part is the random
-walk of partial sums of mixed signs, the second the growth of partial sums that all have one sign, which a
-plain running sum of n ReLU outputs really shows.
+A running sum of n terms t with result y rounds each of its partial sums s: the variance is r sum s^2 with
+r = u^2 / 3. Terms of mixed signs make sum s^2 about n / 2 sum t^2 (a random walk), terms of one sign about
+n / 3 y^2, as a plain sum of n ReLU outputs really shows. Hence r n / 2 (sum t^2 + y^2) for any sum.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,11 @@ FLIP = 1 / C
 """Share of the elements within reach of a kink that are granted to land on its other side: the variance of a
 term t that may be there or not is t^2 / C, so that one flipped term uses a quarter of its tensor element's bound."""
 
-FUNCTION = (4 * U) ** 2
-"""Relative variance granted to one evaluation of exp, log or sigmoid: 4 ULP."""
+ROUND = U**2 / 3
+"""Relative variance of one rounding."""
+
+FUNCTION = 4 * ROUND
+"""Relative variance granted to one evaluation of log or sigmoid: they may be off by 2 u."""
 
 UNDERFLOW = 2.0**-126
 """Least normal float32: an engine may flush what is smaller to zero."""
@@ -54,9 +57,9 @@ def exact(value: np.ndarray) -> Tracked:
     return Tracked(value, np.zeros_like(value))
 
 
-def summed(n: float | np.ndarray, squares: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Local variance of a sum: n roundings, `squares` the sum of t^2, y the result."""
-    return n * U**2 * (squares + y**2)
+def summed(n: float | np.ndarray, squares: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
+    """Local variance of a sum of n roundings: `squares` is the sum of t^2, y the result."""
+    return ROUND * n / 2 * (squares + y**2)
 
 
 def concatenate(parts: list[Tracked], axis: int) -> Tracked:
@@ -69,15 +72,15 @@ def stack(parts: list[Tracked], axis: int) -> Tracked:
 
 def add(a: Tracked, b: Tracked) -> Tracked:
     y = a.value + b.value
-    return Tracked(y, a.variance + b.variance + (U * y) ** 2)
+    return Tracked(y, a.variance + b.variance + ROUND * y**2)
 
 
 def fully_connected(x: Tracked, w: np.ndarray, b: np.ndarray) -> Tracked:
     """x W^T + b for x [B, K], W [N, K], b [N] (Caffe2's FC)."""
     n = w.shape[1] + 1
     y = x.value @ w.T + b
-    local = n * U**2 * x.value**2
-    return Tracked(y, (local + x.variance) @ (w**2).T + n * U**2 * (b**2 + y**2))
+    squares = summed(n, x.value**2, 0)  # summed over the products by the same matrix product as the variances
+    return Tracked(y, (squares + x.variance) @ (w**2).T + summed(n, b**2, y))
 
 
 def fully_connected_gradient(x: Tracked, w: np.ndarray, dy: Tracked) -> tuple[Tracked, Tracked, Tracked]:
@@ -85,12 +88,12 @@ def fully_connected_gradient(x: Tracked, w: np.ndarray, dy: Tracked) -> tuple[Tr
     batch, outputs = dy.value.shape
     dw = dy.value.T @ x.value
     dy_squared = dy.value**2
-    dw_variance = (dy.variance + batch * U**2 * dy_squared).T @ x.value**2 + dy_squared.T @ x.variance
+    dw_variance = (dy.variance + summed(batch, dy_squared, 0)).T @ x.value**2 + dy_squared.T @ x.variance
     db = dy.value.sum(0)
     db_variance = dy.variance.sum(0) + summed(max(batch - 1, 0), dy_squared.sum(0), db)
     dx = dy.value @ w
-    dx_variance = (dy.variance + outputs * U**2 * dy_squared) @ w**2 + outputs * U**2 * dx**2
-    return (Tracked(dw, dw_variance + batch * U**2 * dw**2), Tracked(db, db_variance), Tracked(dx, dx_variance))
+    dx_variance = (dy.variance + summed(outputs, dy_squared, 0)) @ w**2 + summed(outputs, 0, dx)
+    return (Tracked(dw, dw_variance + summed(batch, 0, dw)), Tracked(db, db_variance), Tracked(dx, dx_variance))
 
 
 def near(x: Tracked, kink: float) -> np.ndarray:
@@ -102,11 +105,18 @@ def relu(z: Tracked) -> Tracked:
     return Tracked(np.maximum(z.value, 0), np.where((z.value > 0) | near(z, 0), z.variance, 0))
 
 
-def relu_gradient(z: Tracked, dy: Tracked) -> Tracked:
-    """dy where z > 0. Near 0 the engine's mask may differ."""
-    on = z.value > 0
-    variance = np.where(near(z, 0), dy.variance + FLIP * dy.value**2, np.where(on, dy.variance, 0))
-    return Tracked(np.where(on, dy.value, 0), variance)
+def relu_gradient(z: Tracked, dy: Tracked, engine_z: np.ndarray | None = None) -> Tracked:
+    """dy where z > 0.
+
+    Near 0 the engine's mask may rightly differ. Given its own z, its mask is taken there, and the bound stays
+    tight; not given, the variance takes the flip in.
+    """
+    on, undecided = z.value > 0, near(z, 0)
+    if engine_z is None:
+        flips = np.where(undecided, dy.variance + FLIP * dy.value**2, 0)
+        return Tracked(np.where(on, dy.value, 0), np.where(on, dy.variance, 0) * ~undecided + flips)
+    on = np.where(undecided, engine_z > 0, on)
+    return Tracked(np.where(on, dy.value, 0), np.where(on, dy.variance, 0))
 
 
 def sigmoid_value(z: np.ndarray) -> np.ndarray:
@@ -126,4 +136,4 @@ def sigmoid_gradient(z: Tracked, y: Tracked, dy: Tracked) -> Tracked:
     slope = y.value * sigmoid_value(-z.value)
     dz = dy.value * slope
     from_y = (dy.value * (1 - 2 * y.value)) ** 2 * y.variance
-    return Tracked(dz, slope**2 * dy.variance + from_y + 4 * (U * dz) ** 2 + UNDERFLOW**2)
+    return Tracked(dz, slope**2 * dy.variance + from_y + 3 * ROUND * dz**2 + UNDERFLOW**2)

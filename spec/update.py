@@ -8,7 +8,7 @@ from spec import rounding
 from spec.model import ModelSpec
 from spec.parameters import Arrays, is_sparse, moment_name, trained_parameters
 from spec.reference import Evaluation
-from spec.rounding import UNDERFLOW, C, Tracked, U
+from spec.rounding import ROUND, UNDERFLOW, C, Tracked, U
 
 
 class Updated(NamedTuple):
@@ -58,7 +58,7 @@ def _sgd(w: np.ndarray, g: Tracked, rate: float, count: np.ndarray) -> Tracked:
     step = rate * g.value
     new = w - step
     times = count.reshape(-1, *(1,) * (w.ndim - 1))
-    return Tracked(new, rate**2 * g.variance + times * U**2 * (w**2 + new**2 + 2 * step**2))
+    return Tracked(new, rate**2 * g.variance + times * ROUND * (w**2 + new**2 + 2 * step**2))
 
 
 def _moment(h: np.ndarray, g: Tracked) -> Tracked:
@@ -66,7 +66,7 @@ def _moment(h: np.ndarray, g: Tracked) -> Tracked:
     square = g.value**2
     new = h + square
     deviation = 2 * np.abs(g.value) * np.sqrt(g.variance) + C * g.variance
-    return Tracked(new, deviation**2 + U**2 * (2 * square**2 + new**2) + UNDERFLOW**2)
+    return Tracked(new, deviation**2 + ROUND * (2 * square**2 + new**2) + UNDERFLOW**2)
 
 
 def _adagrad_step(w: np.ndarray, h: np.ndarray, new_h: Tracked, g: Tracked, rate: float, eps: float) -> Tracked:
@@ -81,19 +81,18 @@ def _adagrad_step(w: np.ndarray, h: np.ndarray, new_h: Tracked, g: Tracked, rate
     middle = step(g.value)
     deviation = np.maximum(step(g.value + g.reach) - middle, middle - step(g.value - g.reach)) / C
     new = w - middle
-    return Tracked(new, deviation**2 + 8 * (U * middle) ** 2 + (U * new) ** 2)
+    return Tracked(new, deviation**2 + 8 * ROUND * middle**2 + ROUND * new**2)
 
 
 def _rowwise_moment(h: np.ndarray, g: Tracked) -> Tracked:
-    """h + mean(g^2) over the row, for h [U] and g [U, E]."""
+    """h + mean(g^2) over the row, for h [U] and g [U, E]. A row's errors are taken to have one cause: they add."""
     size = g.value.shape[1]
     square = g.value**2
     mean = square.mean(1)
     new = h + mean
-    deviation = C * g.variance.sum(1) / size
-    spread = 4 * (square * g.variance).sum(1) / size**2
+    deviation = (2 * np.abs(g.value) * np.sqrt(g.variance) + C * g.variance).mean(1)
     local = rounding.summed(size, (square**2).sum(1), size * mean) / size**2
-    return Tracked(new, spread + deviation**2 + local + 2 * (U * new) ** 2 + UNDERFLOW**2)
+    return Tracked(new, deviation**2 + local + 2 * ROUND * new**2 + UNDERFLOW**2)
 
 
 def _rowwise_step(w: np.ndarray, h: np.ndarray, new_h: Tracked, g: Tracked, rate: float, eps: float) -> Tracked:
@@ -110,4 +109,4 @@ def _rowwise_step(w: np.ndarray, h: np.ndarray, new_h: Tracked, g: Tracked, rate
     across = np.where(rounding.near(g, 0), np.abs(middle) + furthest, 0)
     deviation = np.maximum(np.maximum(furthest - np.abs(middle), np.abs(middle) - nearest), across) / C
     new = w - middle
-    return Tracked(new, deviation**2 + 8 * (U * middle) ** 2 + (U * new) ** 2)
+    return Tracked(new, deviation**2 + 8 * ROUND * middle**2 + ROUND * new**2)

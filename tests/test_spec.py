@@ -161,12 +161,12 @@ def test_parameters_and_state_of_tiny():
         "tables.0.weight": (40, 8), "tables.1.weight": (30, 8), "tables.2.weight": (20, 8),
         "tables.2.pooling": (20,), "tables.3.weight": (25, 8), "tables.3.pooling": (25,)}
     assert parameters.state_shapes(spec) == {}
-    rowwise = parameters.state_shapes(spec.with_optimizer("rowwise_adagrad"))
+    rowwise = parameters.state_shapes(spec.with_optimizer("rowwise_adagrad", 0.1))
     assert rowwise["tables.0.weight.moment"] == (40,)
     assert rowwise["tables.3.pooling.moment"] == (25,)
     assert rowwise["top.0.weight.moment"] == (16, 18)
     assert "tables.2.pooling.moment" not in rowwise
-    elementwise = parameters.state_shapes(spec.with_optimizer("adagrad"))
+    elementwise = parameters.state_shapes(spec.with_optimizer("adagrad", 0.1))
     assert elementwise["tables.0.weight.moment"] == (40, 8)
 
 

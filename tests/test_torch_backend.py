@@ -28,7 +28,7 @@ KINDS = ["sgd", "adagrad", "rowwise_adagrad"]
 
 
 def make(kind="sgd"):
-    spec = load("tiny").with_optimizer(kind)
+    spec = load("tiny").with_optimizer(kind, 0.1)
     return spec, BACKEND.create(spec, initial_parameters(spec))
 
 
@@ -91,7 +91,7 @@ def test_bad_batches_are_refused_before_anything_changes(method):
 
 
 def test_parameters_are_copies_of_those_given():
-    spec = load("tiny").with_optimizer("adagrad")
+    spec = load("tiny").with_optimizer("adagrad", 0.1)
     given = initial_parameters(spec)
     model = BACKEND.create(spec, given)
     for array in (*given.values(), *snapshot(model).values()):

@@ -142,6 +142,8 @@ def test_pairs_follow_the_dense_vector_in_the_order_of_the_spec(self_interaction
         for j in range(i + self_interaction):
             columns.append((vectors[i] * vectors[j]).sum(1, keepdims=True))
     np.testing.assert_allclose(traced["interaction.output"], np.concatenate(columns, 1), rtol=1e-13, atol=1e-15)
+    used = np.tril(np.ones((5, 5), bool), 0 if self_interaction else -1)
+    assert (traced["interaction.products_grad"][:, ~used] == 0).all()  # (i, j), not its twin (j, i)
 
 
 def test_forward_is_the_probability_that_a_trace_records():

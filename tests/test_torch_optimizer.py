@@ -24,7 +24,7 @@ def expected(kind, w, h, g, rate, eps, table):
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_rules(kind):
-    spec = load("tiny").with_optimizer(kind)
+    spec = load("tiny").with_optimizer(kind, 0.1)
     spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"eps": 0.5})})
     rate, eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def test_rules(kind):
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_a_gradient_of_zero_changes_nothing(kind):
     """eps keeps 0 / 0 away: h is still 0 then."""
-    spec = load("tiny").with_optimizer(kind)
+    spec = load("tiny").with_optimizer(kind, 0.1)
     parameters = {name: torch.ones(initial_parameters(spec)[name].shape) for name in trained_parameters(spec)}
     Optimizer(spec, parameters).step({name: torch.zeros_like(w) for name, w in parameters.items()})
     assert all((w == 1).all() for w in parameters.values())
@@ -68,7 +68,7 @@ def test_a_gradient_of_zero_changes_nothing(kind):
 
 def test_duplicates_are_summed_before_they_are_squared():
     """Two occurrences of g = 1: h is (1 + 1)^2, not 1 + 1; w falls by rate 2 / 2."""
-    spec = load("tiny").with_optimizer("adagrad")
+    spec = load("tiny").with_optimizer("adagrad", 0.1)
     name = "tables.0.weight"
     w = torch.ones(40, 8, dtype=torch.float64)
     optimizer = Optimizer(spec, {name: w})
@@ -77,3 +77,20 @@ def test_duplicates_are_summed_before_they_are_squared():
     assert (optimizer.state[f"{name}.moment"][3] == 4).all()
     np.testing.assert_allclose(w[3].numpy(), 1 - spec.optimizer.learning_rate, rtol=1e-7)
     assert (w[[2, 4]] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
+def test_a_gradient_large_enough_for_several_threads(kind):
+    spec = load("tiny").with_optimizer(kind, 0.1)
+    rng = np.random.default_rng(0)
+    rows, values = rng.integers(0, 5000, size=100_000), rng.normal(size=(100_000, 8))
+    name, w = "tables.0.weight", rng.normal(size=(5000, 8))
+    spec = spec.model_copy(update={"tables": (spec.tables[0].model_copy(update={"rows": 5000}), *spec.tables[1:])})
+    parameter = torch.from_numpy(w.copy()).requires_grad_()
+    Optimizer(spec, {name: parameter}).step({name: torch.sparse_coo_tensor(rows[None], values, w.shape,
+                                                                           check_invariants=True)})
+    g = np.zeros_like(w)
+    np.add.at(g, rows, values)
+    rate, eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
+    new_w, _ = expected(kind, w, 0, g, rate, eps, table=True)
+    np.testing.assert_allclose(parameter.detach().numpy(), new_w, rtol=1e-11, atol=1e-12)
