@@ -21,8 +21,6 @@ class EmbeddingBag(nn.Module):
     def forward(self, indices: Tensor, lengths_B: Tensor) -> Tensor:
         """Pooled rows [B, E] of indices int64 [sum of lengths]; an empty bag gives zeros."""
         fixed = self.table.fixed_lookups
-        if fixed == 1 and not self.table.weighted:
-            return F.embedding(indices, self.weight, sparse=True)
         weights = torch.gather(self.pooling, 0, indices, sparse_grad=True) if self.table.weighted else None
         offsets_B = None
         if fixed is None:

@@ -17,7 +17,7 @@ class Optimizer:
     """
 
     def __init__(self, spec: ModelSpec, parameters: Mapping[str, Tensor]) -> None:
-        # Detached: torch.no_grad does not reach the threads in which add_ splits a large sparse gradient.
+        # Detached, since torch.no_grad does not reach the threads in which a sparse add_ may work row by row.
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         # As every engine holds them; it shows only where the parameters are float64.
         self.rate, self.eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
@@ -28,7 +28,7 @@ class Optimizer:
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """One update of each parameter named in `gradients`; a sparse gradient touches its own rows alone."""
         for name, gradient in gradients.items():
-            w = self.parameters[name].detach()  # adding a sparse tensor views w, which a leaf refuses
+            w = self.parameters[name]
             h = self.state.get(moment_name(name))
             if h is None:
                 w.add_(gradient, alpha=-self.rate)
