@@ -32,7 +32,10 @@ class TensorType(NamedTuple):
 
 @dataclass(frozen=True)
 class Arg:
-    """An argument of an operator: the Argument field it lives in, and its default (None: it may be absent)."""
+    """An argument of an operator: the Argument field it lives in, and its default (None: it may be absent).
+
+    "f|i" is a value that lives in either field (ConstantFill's `value`): the Python type tells which.
+    """
 
     field: str
     default: Any = None
@@ -51,16 +54,16 @@ Gradient = str | Slice | None
 
 @dataclass(frozen=True)
 class Node:
-    """An OperatorDef read through its record: arguments checked and completed with their defaults."""
+    """An OperatorDef read through its record: arguments checked and completed with their defaults.
+
+    `given` holds those alone that the definition itself has: Caffe2's gradient operators repeat them.
+    """
 
     type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     args: Mapping[str, Any]
-
-    def same_arguments(self, *names: str) -> dict[str, Any]:
-        """Those of the named arguments that have a value, for a gradient operator that repeats them."""
-        return {name: self.args[name] for name in names if self.args[name] is not None}
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def error(self, message: str) -> OperatorError:
         return OperatorError(f"{self.type}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}: {message}")
@@ -130,22 +133,25 @@ class Operator:
         for output, source in self.in_place.items():
             node.require(node.outputs[output] == node.inputs[source],
                          f"output {output} must be the blob of input {source}: it is updated in place")
-        args = {name: arg.default for name, arg in self.args.items()}
+        given: dict[str, Any] = {}
         for argument in definition.arg:
             node.require(argument.name in self.args,
                          f"expected only the arguments {sorted(self.args)}, found '{argument.name}'")
-            args[argument.name] = self._value(node, argument)
+            node.require(argument.name not in given, f"argument '{argument.name}' is given twice")
+            given[argument.name] = self._value(node, argument)
         for name, arg in self.args.items():
-            node.require(not arg.required or args[name] is not None, f"expected argument '{name}', found none")
-        return Node(node.type, node.inputs, node.outputs, args)
+            node.require(not arg.required or name in given, f"expected argument '{name}', found none")
+        args = {name: arg.default for name, arg in self.args.items()} | given
+        return Node(node.type, node.inputs, node.outputs, args, given)
 
     def _value(self, node: Node, argument: Any) -> Any:
         wanted = self.args[argument.name].field
         if wanted.endswith("s") and wanted != "s":
             return tuple(getattr(argument, wanted))
-        node.require(argument.HasField(wanted),
+        present = [name for name in wanted.split("|") if argument.HasField(name)]
+        node.require(len(present) == 1,
                      f"argument '{argument.name}' does not have the right field: expected field {wanted}")
-        value = getattr(argument, wanted)
+        value = getattr(argument, present[0])
         return value.decode() if wanted == "s" else value
 
 

@@ -1,0 +1,153 @@
+"""Matrix products and the activations between them.
+
+A kernel is stricter than Caffe2's own where that reads outside a tensor or silently ignores a part of one.
+"""
+
+import math
+from collections.abc import Sequence
+
+from dlrm_caffe2.operators.record import (
+    FLOAT,
+    Arg,
+    Gradient,
+    GradientOps,
+    Node,
+    Operator,
+    TensorType,
+    grad,
+    gradient_operator,
+)
+from dlrm_caffe2.operators.rules import dense, expect_dtype, expect_rank, expect_shape, expect_size, same_as_input
+
+
+def _flattened(node: Node, type: TensorType, argument: str) -> tuple[tuple[int, ...], int, int]:
+    """Leading dimensions before the axis, and the sizes of the matrix that flattening there gives."""
+    rank, axis = len(type.shape), node.args[argument]
+    node.require(-rank <= axis < rank, f"{argument} {axis} is outside a tensor of rank {rank}")
+    leading, rest = type.shape[:axis], type.shape[axis:]
+    return leading, math.prod(leading), math.prod(rest)
+
+
+def _fc_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    leading, _, k = _flattened(node, inputs[0], "axis")
+    _, n, w_k = _flattened(node, inputs[1], "axis_w")
+    node.require(k == w_k, f"dimension mismatch: X {inputs[0]} has K = {k}, W {inputs[1]} has K = {w_k}")
+    node.require(k > 0 and n > 0, f"expected K and N above 0, found {k} and {n}")
+    expect_shape(node, inputs, 2, (n,))
+    return [TensorType(FLOAT, (*leading, n))]
+
+
+def _matrix(x, axis: int):
+    """Flatten to two dimensions; sizes of 0 allowed."""
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+def _fc_aten(node: Node, x, w, b):
+    import torch
+
+    x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
+    return torch.addmm(b, x_MK, w_NK.T).reshape(*x.shape[:node.args["axis"]], len(b))
+
+
+def _fc_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    x, w, b = node.inputs
+    operator = gradient_operator("FCGradient", [x, w, dense(node, outputs[0])], [grad(w), grad(b), grad(x)],
+                                 **node.given)
+    return GradientOps([operator], [grad(x), grad(w), grad(b)])
+
+
+def _fc_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which does not compare the size of dY and reads outside a short one."""
+    expect_dtype(node, inputs, FLOAT)
+    _, m, k = _flattened(node, inputs[0], "axis")
+    _, n, w_k = _flattened(node, inputs[1], "axis_w")
+    node.require(k == w_k, f"dimension mismatch: X {inputs[0]} has K = {k}, W {inputs[1]} has K = {w_k}")
+    expect_size(node, inputs, 2, m * n)
+    return [inputs[1], TensorType(FLOAT, (n,)), inputs[0]][:len(node.outputs)]
+
+
+def _fc_gradient_aten(node: Node, x, w, dy):
+    import torch
+
+    x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
+    dy_MN = dy.reshape(len(x_MK), len(w_NK))
+    dw, db = torch.mm(dy_MN.T, x_MK).reshape(w.shape), dy_MN.sum(0)
+    return (dw, db) if len(node.outputs) == 2 else (dw, db, torch.mm(dy_MN, w_NK).reshape(x.shape))
+
+
+def _bmm_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    for position in (0, 1):
+        expect_rank(node, inputs, position, 2)
+    a, b = inputs[0].shape, inputs[1].shape
+    m, a_k = a[:-3:-1] if node.args["trans_a"] else a[-2:]
+    b_k, n = b[:-3:-1] if node.args["trans_b"] else b[-2:]
+    node.require(a[:-2] == b[:-2] and a_k == b_k,
+                 f"cannot multiply {inputs[0]} and {inputs[1]} with trans_a {node.args['trans_a']}, "
+                 f"trans_b {node.args['trans_b']}")
+    return [TensorType(FLOAT, (*a[:-2], m, n))]
+
+
+def _bmm_aten(node: Node, a, b):
+    import torch
+
+    return torch.matmul(a.mT if node.args["trans_a"] else a, b.mT if node.args["trans_b"] else b)
+
+
+def _bmm_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    (a, b), dy = node.inputs, dense(node, outputs[0])
+    trans_a, trans_b = bool(node.args["trans_a"]), bool(node.args["trans_b"])
+    # (left, right, trans_a, trans_b) of the product that gives each input's gradient
+    da = (b, dy, trans_b, True) if trans_a else (dy, b, False, not trans_b)
+    db = (dy, a, True, trans_a) if trans_b else (a, dy, not trans_a, False)
+    operators = []
+    for name, (left, right, left_transposed, right_transposed) in ((a, da), (b, db)):
+        flags = {"trans_a": left_transposed, "trans_b": right_transposed}
+        operators.append(gradient_operator("BatchMatMul", [left, right], [grad(name)],
+                                           **{flag: 1 for flag, value in flags.items() if value}))
+    return GradientOps(operators, [grad(a), grad(b)])
+
+
+def _relu_aten(node: Node, x):
+    import torch
+
+    return torch.relu(x)
+
+
+def _activation_gradient(type: str):
+    def gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+        (x,), (y,) = node.inputs, node.outputs
+        return GradientOps([gradient_operator(type, [y, dense(node, outputs[0])], [grad(x)])], [grad(x)])
+    return gradient
+
+
+def _relu_gradient_aten(node: Node, y, dy):
+    import torch
+
+    return torch.where(y > 0, dy, 0.0)
+
+
+def _sigmoid_aten(node: Node, x):
+    import torch
+
+    return torch.sigmoid(x)
+
+
+def _sigmoid_gradient_aten(node: Node, y, dy):
+    return dy * y * (1 - y)
+
+
+_AXES = {"axis": Arg("i", 1), "axis_w": Arg("i", 1)}
+_TRANSPOSED = {"trans_a": Arg("i", 0), "trans_b": Arg("i", 0)}
+
+OPERATORS = [
+    Operator("FC", (3, 3), (1, 1), _fc_infer, _fc_aten, _AXES, _fc_gradient),
+    Operator("FCGradient", (3, 3), (2, 3), _fc_gradient_infer, _fc_gradient_aten, _AXES),
+    Operator("BatchMatMul", (2, 2), (1, 1), _bmm_infer, _bmm_aten, _TRANSPOSED, _bmm_gradient),
+    Operator("Relu", (1, 1), (1, 1), same_as_input(), _relu_aten, gradient=_activation_gradient("ReluGradient")),
+    Operator("ReluGradient", (2, 2), (1, 1), same_as_input(), _relu_gradient_aten),
+    Operator("Sigmoid", (1, 1), (1, 1), same_as_input(), _sigmoid_aten,
+             gradient=_activation_gradient("SigmoidGradient")),
+    Operator("SigmoidGradient", (2, 2), (1, 1), same_as_input(), _sigmoid_gradient_aten),
+]

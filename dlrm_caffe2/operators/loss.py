@@ -1,0 +1,280 @@
+"""From a prediction to the loss: two classes, cross-entropies, squared distance, weights, clipping, the mean."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dlrm_caffe2.operators.record import (
+    FLOAT,
+    INT32,
+    Arg,
+    Gradient,
+    GradientOps,
+    Node,
+    Operator,
+    TensorType,
+    grad,
+    gradient_operator,
+)
+from dlrm_caffe2.operators.rules import (
+    NUMERIC,
+    dense,
+    expect_dtype,
+    expect_indices,
+    expect_rank,
+    expect_shape,
+    expect_size,
+    same_as_input,
+    size,
+)
+
+LOG_FLOOR = 1e-20
+"""kLOG_THRESHOLD of Caffe2: the least probability that a logarithm is taken of."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _two_class_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    return [TensorType(FLOAT, (*inputs[0].shape, 2))]
+
+
+def _two_class_aten(node: Node, x):
+    """[1 - x, x] in a new last dimension."""
+    import torch
+
+    return torch.stack([1 - x, x], -1)
+
+
+def _two_class_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    dx = grad(node.inputs[0])
+    return GradientOps([gradient_operator("MakeTwoClassGradient", [dense(node, outputs[0])], [dx])], [dx])
+
+
+def _two_class_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    expect_rank(node, inputs, 0, 1)
+    shape = inputs[0].shape
+    node.require(shape[-1] == 2, f"expected a last dimension of 2, found {shape[-1]}")
+    return [TensorType(FLOAT, shape[:-1])]
+
+
+def _two_class_gradient_aten(node: Node, dy):
+    return dy[..., 1] - dy[..., 0]
+
+
+def _label_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """X [N, ...], label int32 [N] or [N, 1] -> [N]."""
+    expect_dtype(node, inputs, FLOAT, at=[0])
+    expect_dtype(node, inputs, INT32, at=[1])
+    expect_rank(node, inputs, 0, 1)
+    samples = inputs[0].shape[:1]
+    if inputs[1].shape != (*samples, 1):
+        expect_shape(node, inputs, 1, samples)
+    return [TensorType(FLOAT, samples)]
+
+
+def _chosen(node: Node, x, label):
+    """X as [N, classes] and the label as int64 [N, 1], once every label is known to be a class."""
+    x_NC = x.reshape(len(x), math.prod(x.shape[1:]))
+    expect_indices(node, 1, label, x_NC.shape[1])
+    return x_NC, label.reshape(-1, 1).long()
+
+
+def _label_aten(node: Node, x, label):
+    """-log(max(p, 1e-20)) of the probability of each sample's class."""
+    x_NC, label_N1 = _chosen(node, x, label)
+    return -x_NC.gather(1, label_N1).squeeze(1).clamp_min(LOG_FLOOR).log()
+
+
+def _label_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    x, label = node.inputs
+    operator = gradient_operator("LabelCrossEntropyGradient", [x, label, dense(node, outputs[0])], [grad(x)])
+    return GradientOps([operator], [grad(x), None])
+
+
+def _label_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_shape(node, inputs, 2, _label_infer(node, inputs[:2])[0].shape)
+    expect_dtype(node, inputs, FLOAT, at=[2])
+    return [inputs[0]]
+
+
+def _label_gradient_aten(node: Node, x, label, dy):
+    """-dY / max(p, 1e-20) at the class, 0 elsewhere. Caffe2 does not check the label here and writes outside dX."""
+    import torch
+
+    x_NC, label_N1 = _chosen(node, x, label)
+    at_label = -dy.unsqueeze(1) / x_NC.gather(1, label_N1).clamp_min(LOG_FLOOR)
+    return torch.zeros_like(x_NC).scatter_(1, label_N1, at_label).reshape(x.shape)
+
+
+def _logits_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """x and t of one shape; the mean over the last dimension is returned. An empty one crashes Caffe2."""
+    expect_dtype(node, inputs, FLOAT)
+    expect_shape(node, inputs, 1, inputs[0].shape)
+    node.require(inputs[0].shape[-1:] != (0,), "expected a last dimension above 0")
+    return [TensorType(FLOAT, inputs[0].shape[:-1])]
+
+
+def _logits_aten(node: Node, x, t):
+    """x (1[x >= 0] - t) + log(1 + exp(-|x|)): the cross-entropy of sigmoid(x) in the form that cannot overflow."""
+    loss = x * ((x >= 0).float() - t) + (-x.abs()).exp().log1p()
+    return loss.mean(-1)
+
+
+def _logits_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    x, t = node.inputs
+    operator = gradient_operator("SigmoidCrossEntropyWithLogitsGradient", [dense(node, outputs[0]), x, t], [grad(x)])
+    return GradientOps([operator], [grad(x), None])
+
+
+def _logits_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    expect_shape(node, inputs, 2, inputs[1].shape)
+    node.require(inputs[1].shape[-1:] != (0,), "expected a last dimension above 0")
+    expect_size(node, inputs, 0, math.prod(inputs[1].shape[:-1]))
+    return [inputs[1]]
+
+
+def _logits_gradient_aten(node: Node, dy, x, t):
+    inner = x.shape[-1] if x.dim() else 1
+    scale = (dy / inner).reshape(*x.shape[:-1], *[1] * min(x.dim(), 1))
+    return scale * (x.sigmoid() - t)
+
+
+def _distance_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    expect_rank(node, inputs, 0, 1)
+    expect_shape(node, inputs, 1, inputs[0].shape)
+    return [TensorType(FLOAT, inputs[0].shape[:1])]
+
+
+def _distance_aten(node: Node, x, y):
+    """Half the sum, over all dimensions but the first, of (x - y)^2."""
+    difference = (x - y).reshape(len(x), math.prod(x.shape[1:]))
+    return 0.5 * (difference * difference).sum(1)
+
+
+def _distance_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    x, y = node.inputs
+    gradients = [grad(x), grad(y)]
+    operator = gradient_operator("SquaredL2DistanceGradient", [x, y, dense(node, outputs[0])], gradients)
+    return GradientOps([operator], gradients)
+
+
+def _distance_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT, at=[2])
+    expect_shape(node, inputs, 2, _distance_infer(node, inputs[:2])[0].shape)
+    return [inputs[0], inputs[1]]
+
+
+def _distance_gradient_aten(node: Node, x, y, dz):
+    dx = dz.reshape(-1, *[1] * (x.dim() - 1)) * (x - y)
+    return dx, -dx
+
+
+def _clip_aten(node: Node, x):
+    return x.clamp(node.args["min"], node.args["max"])
+
+
+def _clip_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    dx = grad(node.inputs[0])
+    operator = gradient_operator("ClipGradient", [node.outputs[0], dense(node, outputs[0])], [dx], **node.given)
+    return GradientOps([operator], [dx])
+
+
+def _clip_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    expect_size(node, inputs, 1, size(inputs[0]))
+    return [inputs[0]]
+
+
+def _clip_gradient_aten(node: Node, y, dy):
+    """dY strictly inside the bounds, 0 at and beyond them."""
+    return dy.reshape(y.shape) * ((y > node.args["min"]) & (y < node.args["max"]))
+
+
+def _broadcast(node: Node, a: TensorType, b: TensorType) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(a.shape, b.shape)
+    except ValueError:
+        raise node.error(f"cannot broadcast {a} and {b}") from None
+
+
+def _mul_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, *NUMERIC)
+    expect_dtype(node, inputs, inputs[0].dtype)
+    return [TensorType(inputs[0].dtype, _broadcast(node, *inputs))]
+
+
+def _mul_aten(node: Node, a, b):
+    return a * b
+
+
+def _mul_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    gradients = [grad(name) for name in node.inputs]
+    return GradientOps([gradient_operator("MulGradient", [dense(node, outputs[0]), *node.inputs], gradients)],
+                       gradients)
+
+
+def _mul_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which does not compare the shape of dC and reads outside a short one."""
+    (product,) = _mul_infer(node, inputs[1:])
+    expect_dtype(node, inputs, product.dtype, at=[0])
+    expect_shape(node, inputs, 0, product.shape)
+    return [inputs[1], inputs[2]]
+
+
+def _mul_gradient_aten(node: Node, dc, a, b):
+    """dA = dC * B and dB = dC * A, summed over the dimensions along which an input was broadcast."""
+    return (dc * b).sum_to_size(a.shape), (dc * a).sum_to_size(b.shape)
+
+
+def _average_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT)
+    return [TensorType(FLOAT, ())]
+
+
+def _average_aten(node: Node, x):
+    """The mean of all elements, a scalar; 0 where there is none."""
+    return x.sum() / max(x.numel(), 1)
+
+
+def _average_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    (x,) = node.inputs
+    return GradientOps([gradient_operator("AveragedLossGradient", [x, dense(node, outputs[0])], [grad(x)])], [grad(x)])
+
+
+def _average_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which reads the first element of dY whatever its size."""
+    expect_dtype(node, inputs, FLOAT)
+    expect_size(node, inputs, 1, 1)
+    return [inputs[0]]
+
+
+def _average_gradient_aten(node: Node, x, dy):
+    import torch
+
+    return (dy.reshape(()) / max(x.numel(), 1)).expand(x.shape).clone(memory_format=torch.contiguous_format)
+
+
+_BOUNDS = {"min": Arg("f", -_LARGEST), "max": Arg("f", _LARGEST)}
+
+OPERATORS = [
+    Operator("MakeTwoClass", (1, 1), (1, 1), _two_class_infer, _two_class_aten, gradient=_two_class_gradient),
+    Operator("MakeTwoClassGradient", (1, 1), (1, 1), _two_class_gradient_infer, _two_class_gradient_aten),
+    Operator("LabelCrossEntropy", (2, 2), (1, 1), _label_infer, _label_aten, gradient=_label_gradient),
+    Operator("LabelCrossEntropyGradient", (3, 3), (1, 1), _label_gradient_infer, _label_gradient_aten),
+    Operator("SigmoidCrossEntropyWithLogits", (2, 2), (1, 1), _logits_infer, _logits_aten,
+             gradient=_logits_gradient),
+    Operator("SigmoidCrossEntropyWithLogitsGradient", (3, 3), (1, 1), _logits_gradient_infer, _logits_gradient_aten),
+    Operator("SquaredL2Distance", (2, 2), (1, 1), _distance_infer, _distance_aten, gradient=_distance_gradient),
+    Operator("SquaredL2DistanceGradient", (3, 3), (2, 2), _distance_gradient_infer, _distance_gradient_aten),
+    Operator("Clip", (1, 1), (1, 1), same_as_input(), _clip_aten, _BOUNDS, _clip_gradient),
+    Operator("ClipGradient", (2, 2), (1, 1), _clip_gradient_infer, _clip_gradient_aten, _BOUNDS),
+    Operator("Mul", (2, 2), (1, 1), _mul_infer, _mul_aten, gradient=_mul_gradient),
+    Operator("MulGradient", (3, 3), (2, 2), _mul_gradient_infer, _mul_gradient_aten),
+    Operator("AveragedLoss", (1, 1), (1, 1), _average_infer, _average_aten, gradient=_average_gradient),
+    Operator("AveragedLossGradient", (2, 2), (1, 1), _average_gradient_infer, _average_gradient_aten),
+]

@@ -1,0 +1,225 @@
+"""The update of parameters: SGD, Adagrad, coalescing of a table's gradient, iteration and learning rate.
+
+Updates add `lr * gradient`, so the learning rate is negative. Caffe2's sparse operators check no negative index
+(ScatterWeightedSum none at all) and write outside the table; ours refuse one before anything is written.
+A row listed several times is updated once for each time, in order, as in Caffe2.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from dlrm_caffe2.operators.lookup import pool
+from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, Arg, Node, Operator, TensorType
+from dlrm_caffe2.operators.rules import (
+    ANY_NUMBER,
+    INDEX,
+    expect_dtype,
+    expect_indices,
+    expect_rank,
+    expect_shape,
+    expect_size,
+    no_gradient,
+    size,
+)
+
+
+def _weighted_sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """X0, w0, X1, w1, ...: tensors of one size (their shape is not compared) and weights of one element."""
+    node.require(len(inputs) % 2 == 0, f"expected pairs of a tensor and its weight, found {len(inputs)} inputs")
+    expect_dtype(node, inputs, FLOAT)
+    for position in range(0, len(inputs), 2):
+        expect_size(node, inputs, position, size(inputs[0]))
+        expect_size(node, inputs, position + 1, 1)
+    return [inputs[0]]
+
+
+def _weighted_sum_aten(node: Node, x, weight, *others):
+    total = x * weight.reshape(())
+    for other, weight in zip(others[::2], others[1::2], strict=True):
+        total += other.reshape(x.shape) * weight.reshape(())
+    return total
+
+
+def _occurrences(indices) -> Iterator:
+    """Positions of the first occurrence of every index, of the second, ...: within each, all indices differ."""
+    import torch
+
+    if (indices[1:] > indices[:-1]).all():  # what Unique gives: one round, with nothing to sort
+        yield slice(None)
+        return
+    ordered, order = indices.sort(stable=True)
+    positions = torch.arange(len(indices), device=indices.device)
+    starts = torch.cat([positions.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    rank = positions - (positions * starts).cummax(0).values
+    for number in range(int(rank.max()) + 1):
+        yield order[rank == number]
+
+
+def _expect_rows(node: Node, inputs: Sequence[TensorType], indices: int, gradient: int) -> None:
+    """One gradient row for each index, each with the size of a row of input 0."""
+    expect_dtype(node, inputs, *INDEX, at=[indices])
+    expect_rank(node, inputs, 0, 1)
+    expect_rank(node, inputs, indices, 1, 1)
+    expect_shape(node, inputs, gradient, inputs[indices].shape + inputs[0].shape[1:])
+
+
+def _scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """X, w0, I, X1, w1, of which Caffe2 allows several last pairs."""
+    expect_dtype(node, inputs, FLOAT, at=[0, 1, 3, 4])
+    _expect_rows(node, inputs, 2, 3)
+    for weight in (1, 4):
+        expect_size(node, inputs, weight, 1)
+    return [inputs[0]]
+
+
+def _scatter_aten(node: Node, x, w0, indices, x1, w1):
+    """Each listed row times w0, once for every time it is listed; then X[I[k]] += w1 * X1[k], in the order of k."""
+    expect_indices(node, 2, indices, len(x))
+    if not x1.numel():
+        return x
+    if float(w0) != 1:
+        for positions in _occurrences(indices):
+            rows = indices[positions]
+            x.index_copy_(0, rows, x.index_select(0, rows) * w0.reshape(()))
+    updates = (x1 * w1.reshape(())).reshape(len(indices), -1)
+    x.view(len(x), -1).scatter_add_(0, indices.long().unsqueeze(1).expand_as(updates), updates)
+    return x
+
+
+def _unique_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, *INDEX)
+    expect_rank(node, inputs, 0, 1, 1)
+    return [TensorType(inputs[0].dtype, (-1,)), TensorType(INT32, inputs[0].shape)][:len(node.outputs)]
+
+
+def _unique_aten(node: Node, indices):
+    """The distinct indices, ascending, and for each index its place among them."""
+    import torch
+
+    if len(node.outputs) == 1:
+        return torch.unique(indices, sorted=True)
+    unique, places = torch.unique(indices, sorted=True, return_inverse=True)
+    return unique, places.int()
+
+
+def _segment_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_dtype(node, inputs, FLOAT, at=[0])
+    expect_dtype(node, inputs, INT32, at=[1])
+    expect_rank(node, inputs, 0, 1)
+    expect_shape(node, inputs, 1, inputs[0].shape[:1])
+    rows = node.args["num_segments"]
+    return [TensorType(FLOAT, (rows if rows >= 0 else -1, *inputs[0].shape[1:]))]
+
+
+def _segment_aten(node: Node, data, ids):
+    """Y[s] = sum, in order, of the rows whose id is s; `num_segments` of them, or as many as the greatest id asks.
+
+    Looks the rows up in the order of their ids: faster than adding them one by one, and deterministic.
+    """
+    rows = node.args["num_segments"]
+    if rows < 0:
+        rows = int(ids.max()) + 1 if len(ids) else 0
+    expect_indices(node, 1, ids, rows)
+    return pool(data, ids.argsort(stable=True), ids.bincount(minlength=rows))
+
+
+def _adagrad_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """P, M, g of one size, lr of one element. Caffe2 does not check the latter, and can return two more outputs."""
+    expect_dtype(node, inputs, FLOAT)
+    for position in (1, 2):
+        expect_size(node, inputs, position, size(inputs[0]))
+    expect_size(node, inputs, 3, 1)
+    return [inputs[0], inputs[1]]
+
+
+def _adagrad_aten(node: Node, parameter, moment, gradient, lr):
+    """g += weight_decay P; M = decay M + g^2; P += lr g / (sqrt(M) + epsilon)."""
+    args, flat = node.args, gradient.reshape(parameter.shape)
+    if args["weight_decay"]:
+        flat = flat + args["weight_decay"] * parameter
+    moment = args["decay"] * moment + (flat * flat).reshape(moment.shape)
+    step = lr.reshape(()) * flat / (moment.reshape(parameter.shape).sqrt() + args["epsilon"])
+    return parameter + step, moment
+
+
+def _sparse_adagrad_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """P [N, ...], M of the same size, I [K], g [K, ...], lr."""
+    node.require(node.args["decay"] == 1, f"expected decay 1, found {node.args['decay']}")
+    expect_dtype(node, inputs, FLOAT, at=[0, 1, 3, 4])
+    _expect_rows(node, inputs, 2, 3)
+    expect_size(node, inputs, 1, size(inputs[0]))
+    expect_size(node, inputs, 4, 1)
+    return [inputs[0], inputs[1]]
+
+
+def _rowwise_adagrad_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """P [N, ...], R of N elements, I [K], g [K, ...], lr. Caffe2's counter input is not supported."""
+    expect_dtype(node, inputs, FLOAT, at=[0, 1, 3, 4])
+    _expect_rows(node, inputs, 2, 3)
+    expect_size(node, inputs, 1, inputs[0].shape[0])
+    expect_size(node, inputs, 4, 1)
+    return [inputs[0], inputs[1]]
+
+
+def _sparse_adagrad(rowwise: bool):
+    def aten(node: Node, parameter, moment, indices, gradient, lr):
+        """Adagrad on the listed rows: h += g^2, or its mean over the row; P += lr g / (sqrt(h) + epsilon)."""
+        expect_indices(node, 2, indices, len(parameter))
+        if not gradient.numel():
+            return parameter, moment
+        p, g = (x.view(len(x), -1) for x in (parameter, gradient.contiguous()))
+        h, decay = moment.view(len(p), -1), node.args["weight_decay"]
+        for positions in _occurrences(indices):
+            rows, g_KE = indices[positions], g[positions]
+            p_KE = p.index_select(0, rows)
+            if decay:
+                g_KE = g_KE + decay * p_KE
+            squares = g_KE * g_KE
+            h_K = h.index_select(0, rows) + (squares.mean(1, keepdim=True) if rowwise else squares)
+            h.index_copy_(0, rows, h_K)
+            p.index_copy_(0, rows, p_KE + lr.reshape(()) * g_KE / (h_K.sqrt() + node.args["epsilon"]))
+        return parameter, moment
+    return aten
+
+
+def _iter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which silently overwrites a counter of another dtype."""
+    expect_dtype(node, inputs, INT64)
+    expect_size(node, inputs, 0, 1)
+    return [inputs[0]]
+
+
+def _iter_aten(node: Node, counter):
+    return counter.add_(1)
+
+
+def _rate_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    node.require(node.args["policy"] == "fixed", f"expected policy 'fixed', found '{node.args['policy']}'")
+    expect_dtype(node, inputs, INT64)
+    expect_size(node, inputs, 0, 1)
+    return [TensorType(FLOAT, ())]
+
+
+def _rate_aten(node: Node, counter):
+    import torch
+
+    return torch.full((), node.args["base_lr"], dtype=torch.float32, device=counter.device)
+
+
+_ADAGRAD = {"epsilon": Arg("f", 1e-5), "weight_decay": Arg("f", 0.0)}
+_DECAY = {"decay": Arg("f", 1.0)}
+_BOTH = {0: 0, 1: 1}
+
+OPERATORS = [
+    Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten),
+    Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, in_place={0: 0}),
+    Operator("Unique", (1, 1), (1, 2), _unique_infer, _unique_aten),
+    Operator("UnsortedSegmentSum", (2, 2), (1, 1), _segment_infer, _segment_aten, {"num_segments": Arg("i", -1)}),
+    Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, _ADAGRAD | _DECAY),
+    Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
+             _ADAGRAD | _DECAY, in_place=_BOTH),
+    Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),
+             _ADAGRAD, in_place=_BOTH),
+    Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient, in_place={0: 0}),
+    Operator("LearningRate", (1, 1), (1, 1), _rate_infer, _rate_aten,
+             {"base_lr": Arg("f", required=True), "policy": Arg("s", required=True)}, no_gradient),
+]

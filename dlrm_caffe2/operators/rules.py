@@ -1,0 +1,77 @@
+"""Checks and shapes that several records share. All raise OperatorError through the node."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, Gradient, GradientOps, Node, TensorType
+
+DOUBLE = np.dtype(np.float64)
+INDEX = (INT32, INT64)
+NUMERIC = (FLOAT, DOUBLE, INT32, INT64)
+ANY_NUMBER = 2**31 - 1
+"""The greatest number of inputs or outputs of an operator that has no limit."""
+
+
+def size(type: TensorType) -> int:
+    """Number of elements."""
+    return math.prod(type.shape)
+
+
+def expect_dtype(node: Node, inputs: Sequence[TensorType], *allowed: np.dtype,
+                 at: Sequence[int] | None = None) -> None:
+    """Every input, or those at the given positions, has one of the allowed dtypes."""
+    for position in range(len(inputs)) if at is None else at:
+        node.require(inputs[position].dtype in allowed,
+                     f"input {position} ('{node.inputs[position]}'): expected {' or '.join(map(str, allowed))}, "
+                     f"found {inputs[position].dtype}")
+
+
+def expect_shape(node: Node, inputs: Sequence[TensorType], position: int, shape: tuple[int, ...]) -> None:
+    node.require(inputs[position].shape == shape, f"input {position} ('{node.inputs[position]}'): expected shape "
+                 f"{list(shape)}, found {list(inputs[position].shape)}")
+
+
+def expect_size(node: Node, inputs: Sequence[TensorType], position: int, elements: int) -> None:
+    node.require(size(inputs[position]) == elements, f"input {position} ('{node.inputs[position]}'): expected "
+                 f"{elements} elements, found {size(inputs[position])}")
+
+
+def expect_rank(node: Node, inputs: Sequence[TensorType], position: int, least: int,
+                greatest: int | None = None) -> None:
+    rank = len(inputs[position].shape)
+    node.require(least <= rank and (greatest is None or rank <= greatest),
+                 f"input {position} ('{node.inputs[position]}'): expected rank {least}"
+                 f"{'' if greatest == least else ' or more' if greatest is None else f' to {greatest}'}, found {rank}")
+
+
+def expect_indices(node: Node, position: int, indices, rows: int, least: int = 0) -> None:
+    """Values of an index tensor lie in [least, rows). Reads the tensor."""
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        node.require(least <= low and high < rows, f"input {position} ('{node.inputs[position]}'): index "
+                     f"{low if low < least else high} is out of bounds: expected {least} to {rows - 1}")
+
+
+def same_as_input(position: int = 0, *dtypes: np.dtype):
+    """An infer rule: one output with the type of an input; every input has the one dtype and shape."""
+    def infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+        expect_dtype(node, inputs, *(dtypes or (FLOAT,)))
+        for other in range(len(inputs)):
+            expect_dtype(node, inputs, inputs[0].dtype, at=[other])
+            expect_shape(node, inputs, other, inputs[0].shape)
+        return [inputs[position]]
+    return infer
+
+
+def dense(node: Node, gradient: Gradient) -> str:
+    """The blob name of a gradient that must be there and be dense."""
+    if not isinstance(gradient, str):
+        raise node.error(f"expected a dense gradient of each output, found {gradient}")
+    return gradient
+
+
+def no_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    """For operators that Caffe2 declares to have none: the backward pass ends there."""
+    return GradientOps([], [None] * len(node.inputs))

@@ -1,0 +1,278 @@
+"""Operators that move, reshape, convert or add whole tensors.
+
+A kernel never returns a view of its input: a later operator may update that in place.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dlrm_caffe2.net import DTYPES
+from dlrm_caffe2.operators.record import (
+    FLOAT,
+    INT32,
+    Arg,
+    Gradient,
+    GradientOps,
+    Node,
+    Operator,
+    TensorType,
+    grad,
+    gradient_operator,
+)
+from dlrm_caffe2.operators.rules import (
+    ANY_NUMBER,
+    DOUBLE,
+    INDEX,
+    NUMERIC,
+    dense,
+    expect_dtype,
+    expect_indices,
+    expect_rank,
+    expect_shape,
+    expect_size,
+    same_as_input,
+    size,
+)
+
+
+def _axis(node: Node, rank: int) -> int:
+    """The axis to join or split along, in a tensor of this rank. Caffe2's default is 1, the channels of NCHW."""
+    axis = node.args["axis"]
+    node.require(-rank <= axis < rank, f"axis {axis} is outside a tensor of rank {rank}")
+    return axis % rank
+
+
+def _stacks(node: Node) -> bool:
+    """Whether the joined axis is a new one. Caffe2 ignores add_axis where no axis is given."""
+    return bool(node.args["add_axis"]) and "axis" in node.given
+
+
+def _concat_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which accepts inputs of a lower rank than the first and reads them askew."""
+    first = inputs[0]
+    axis = _axis(node, len(first.shape) + _stacks(node))
+    for position, other in enumerate(inputs):
+        expect_dtype(node, inputs, first.dtype, at=[position])
+        expected = list(first.shape)
+        if not _stacks(node) and len(other.shape) == len(expected):
+            expected[axis] = other.shape[axis]
+        expect_shape(node, inputs, position, tuple(expected))
+    if _stacks(node):
+        shape = (*first.shape[:axis], len(inputs), *first.shape[axis:])
+    else:
+        shape = (*first.shape[:axis], sum(other.shape[axis] for other in inputs), *first.shape[axis + 1:])
+    return [TensorType(first.dtype, shape), TensorType(INT32, (len(inputs),))]
+
+
+def _concat_aten(node: Node, *inputs):
+    """The joined tensor and, as int32, the length of each piece along the axis (1 along a new axis)."""
+    import torch
+
+    axis = _axis(node, inputs[0].dim() + _stacks(node))
+    lengths = [1 if _stacks(node) else piece.shape[axis] for piece in inputs]
+    info = torch.tensor(lengths, dtype=torch.int32, device=inputs[0].device)
+    return (torch.stack if _stacks(node) else torch.cat)(inputs, axis), info
+
+
+def _concat_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    gradients = [grad(name) for name in node.inputs]
+    operator = gradient_operator("Split", [dense(node, outputs[0]), node.outputs[1]], gradients, **node.given)
+    return GradientOps([operator], gradients)
+
+
+def _split_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """X, and optionally the int32 lengths of the pieces, which are then not known from the types alone."""
+    x, pieces = inputs[0], len(node.outputs)
+    axis = _axis(node, len(x.shape))
+    channels, rest = x.shape[axis], (x.shape[:axis], x.shape[axis + 1:])
+    if len(inputs) == 2:
+        expect_dtype(node, inputs, INT32, at=[1])
+        expect_size(node, inputs, 1, pieces)
+        node.require(not node.args["split"], "give the lengths as an input or as an argument, not as both")
+        sizes = [-1] * pieces
+    elif node.args["split"]:
+        sizes = list(node.args["split"])
+        _expect_pieces(node, sizes, channels)
+    else:
+        node.require(channels % pieces == 0, f"dimension {channels} cannot be split into {pieces} equal pieces")
+        sizes = [channels // pieces] * pieces
+    if _stacks(node):
+        node.require(channels == pieces, f"add_axis: expected {pieces} along axis {axis}, found {channels}")
+        return [TensorType(x.dtype, rest[0] + rest[1])] * pieces
+    return [TensorType(x.dtype, (*rest[0], length, *rest[1])) for length in sizes]
+
+
+def _expect_pieces(node: Node, sizes: Sequence[int], channels: int) -> None:
+    node.require(len(sizes) == len(node.outputs), f"expected {len(node.outputs)} lengths, found {len(sizes)}")
+    node.require(min(sizes) >= 0 and sum(sizes) == channels,
+                 f"expected lengths of 0 or more that add up to {channels}, found {list(sizes)}")
+
+
+def _split_aten(node: Node, x, lengths=None):
+    import torch
+
+    axis = _axis(node, x.dim())
+    if _stacks(node):
+        return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in x.unbind(axis))
+    if lengths is not None:
+        sizes = lengths.reshape(-1).tolist()
+        _expect_pieces(node, sizes, x.shape[axis])
+    else:
+        sizes = list(node.args["split"]) or [x.shape[axis] // len(node.outputs)] * len(node.outputs)
+    return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in x.split(sizes, axis))
+
+
+def _split_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    """Stricter than Caffe2, which leaves out a piece that has no gradient and returns a wrong shape."""
+    dx = grad(node.inputs[0])
+    operator = gradient_operator("Concat", [dense(node, output) for output in outputs], [dx, f"_{dx}_dims"],
+                                 **node.given)
+    return GradientOps([operator], [dx, None][:len(node.inputs)])
+
+
+def _flatten_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    x, axis = inputs[0], node.args["axis"]
+    node.require(0 <= axis <= len(x.shape), f"axis {axis} is outside a tensor of rank {len(x.shape)}")
+    return [TensorType(x.dtype, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))]
+
+
+def _flatten_aten(node: Node, x):
+    axis = node.args["axis"]
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:])).clone()
+
+
+def _vector_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    expect_rank(node, inputs, 0, 1)
+    return [TensorType(inputs[0].dtype, (size(inputs[0]),))]
+
+
+def _vector_aten(node: Node, x):
+    return x.reshape(-1).clone()
+
+
+def _resize_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    (x,) = node.inputs
+    operator = gradient_operator("ResizeLike", [dense(node, outputs[0]), x], [grad(x)], **node.given)
+    return GradientOps([operator], [grad(x)])
+
+
+def _resize_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """The values of the first input in the shape of the second. `axis` is there for Flatten's gradient, and unused."""
+    expect_size(node, inputs, 0, size(inputs[1]))
+    return [TensorType(inputs[0].dtype, inputs[1].shape)]
+
+
+def _resize_aten(node: Node, x, like):
+    return x.reshape(like.shape).clone()
+
+
+def _batch_gather_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Y = D[:, I], any dtype: shape D[:1] + I + D[2:]."""
+    data, indices = inputs
+    expect_dtype(node, inputs, *INDEX, at=[1])
+    expect_rank(node, inputs, 0, 2)
+    return [TensorType(data.dtype, data.shape[:1] + indices.shape + data.shape[2:])]
+
+
+def _batch_gather_aten(node: Node, data, indices):
+    """Unlike Gather's, a negative index is refused."""
+    expect_indices(node, 1, indices, data.shape[1])
+    return data.index_select(1, indices.reshape(-1)).reshape(len(data), *indices.shape, *data.shape[2:])
+
+
+def _batch_gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    data, indices = node.inputs
+    operator = gradient_operator("BatchGatherGradient", [data, indices, dense(node, outputs[0])], [grad(data)])
+    return GradientOps([operator], [grad(data), None])
+
+
+def _batch_scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Stricter than Caffe2, which does not compare the shape of dY and reads outside a short one."""
+    data, indices, _ = inputs
+    expect_dtype(node, inputs, FLOAT, at=[0, 2])
+    expect_dtype(node, inputs, *INDEX, at=[1])
+    expect_rank(node, inputs, 0, 2)
+    expect_shape(node, inputs, 2, data.shape[:1] + indices.shape + data.shape[2:])
+    return [data]
+
+
+def _batch_scatter_aten(node: Node, data, indices, dy):
+    import torch
+
+    expect_indices(node, 1, indices, data.shape[1])
+    flat = indices.reshape(-1).long()
+    dy = dy.reshape(len(data), len(flat), *data.shape[2:])
+    places = flat.reshape(1, -1, *[1] * (data.dim() - 2)).expand_as(dy)
+    return torch.zeros_like(data).scatter_add_(1, places, dy)
+
+
+def _cast_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    """Between the data types of net.DTYPES, float16 excepted, as on Caffe2's CPU. Towards zero for integers."""
+    node.require(node.args["to"] in DTYPES, f"'to' {node.args['to']} is not a supported data type")
+    target = DTYPES[node.args["to"]]
+    for dtype in (inputs[0].dtype, target):
+        node.require(dtype != np.float16, "float16 is not supported")
+    return [TensorType(target, inputs[0].shape)]
+
+
+def _cast_aten(node: Node, x):
+    import torch
+
+    return x.to(getattr(torch, DTYPES[node.args["to"]].name), copy=True)
+
+
+def _any_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
+    return [inputs[0]]
+
+
+def _copy_aten(node: Node, x, like=None):
+    return x.clone()
+
+
+def _copy_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    (x,) = node.inputs
+    return GradientOps([gradient_operator("CopyOnDeviceLike", [dense(node, outputs[0]), x], [grad(x)])], [grad(x)])
+
+
+def _sum_aten(node: Node, first, *others):
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
+
+
+def _sum_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    return GradientOps([], list(outputs) * len(node.inputs))
+
+
+def _scale_aten(node: Node, x):
+    return x * node.args["scale"]
+
+
+def _scale_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
+    dx = grad(node.inputs[0])
+    return GradientOps([gradient_operator("Scale", [dense(node, outputs[0])], [dx], **node.given)], [dx])
+
+
+# Split's arguments reach Concat as its gradient, which ignores `split`; and Flatten's reach ResizeLike.
+_JOIN = {"axis": Arg("i", 1), "add_axis": Arg("i", 0), "split": Arg("ints", ())}
+_FLATTEN = {"axis": Arg("i", 1)}
+
+OPERATORS = [
+    Operator("Concat", (1, ANY_NUMBER), (2, 2), _concat_infer, _concat_aten, _JOIN, _concat_gradient),
+    Operator("Split", (1, 2), (1, ANY_NUMBER), _split_infer, _split_aten, _JOIN, _split_gradient),
+    Operator("Flatten", (1, 1), (1, 1), _flatten_infer, _flatten_aten, _FLATTEN, _resize_gradient),
+    Operator("FlattenToVec", (1, 1), (1, 1), _vector_infer, _vector_aten, gradient=_resize_gradient),
+    Operator("ResizeLike", (2, 2), (1, 1), _resize_infer, _resize_aten, _FLATTEN),
+    Operator("BatchGather", (2, 2), (1, 1), _batch_gather_infer, _batch_gather_aten,
+             gradient=_batch_gather_gradient),
+    Operator("BatchGatherGradient", (3, 3), (1, 1), _batch_scatter_infer, _batch_scatter_aten),
+    Operator("Cast", (1, 1), (1, 1), _cast_infer, _cast_aten, {"to": Arg("i", required=True)}),
+    Operator("Copy", (1, 1), (1, 1), _any_infer, _copy_aten, gradient=_copy_gradient),
+    Operator("CopyOnDeviceLike", (2, 2), (1, 1), _any_infer, _copy_aten),
+    Operator("Sum", (1, ANY_NUMBER), (1, 1), same_as_input(0, *NUMERIC), _sum_aten, gradient=_sum_gradient),
+    Operator("Scale", (1, 1), (1, 1), same_as_input(0, FLOAT, DOUBLE), _scale_aten, {"scale": Arg("f", 1.0)},
+             _scale_gradient),
+]
