@@ -16,7 +16,7 @@ from dlrm_torch.model import DLRM, Tap, untapped
 from dlrm_torch.optimizer import Optimizer
 from spec.batch import Batch
 from spec.model import ModelSpec
-from spec.parameters import Arrays, is_sparse, trained_parameters
+from spec.parameters import Arrays, check_parameters, is_sparse, trained_parameters
 from spec.tensors import activation_gradients, slice_names, trace_names
 
 
@@ -66,6 +66,7 @@ class TorchModel:
     """One model of `spec.backend.Model`. Batches are validated before they are used."""
 
     def __init__(self, spec: ModelSpec, parameters: Arrays, device: str) -> None:
+        check_parameters(spec, parameters)
         self.spec, self.device = spec, device
         self.module = DLRM(spec)
         self.module.load_state_dict({name: _tensor(array, "cpu") for name, array in parameters.items()})

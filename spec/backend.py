@@ -71,7 +71,8 @@ class Backend(Protocol):
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> Model:
         """A model with these parameters (copied) and initial optimizer state.
 
-        Raises EngineError where the engine is missing or fails, InputError for a device it cannot use.
+        Raises EngineError where the engine is missing or fails, InputError for a device it cannot use and for
+        parameters that are not the spec's (`spec.parameters.check_parameters`).
         """
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from spec.counter import uniform
+from spec.errors import InputError
 from spec.model import ModelSpec
 
 Arrays = dict[str, np.ndarray]
@@ -81,3 +82,19 @@ def initial_parameter(spec: ModelSpec, name: str, seed: int = 0) -> np.ndarray:
 def initial_parameters(spec: ModelSpec, seed: int = 0) -> Arrays:
     """Every parameter, float32, by name."""
     return {name: initial_parameter(spec, name, seed) for name in parameter_shapes(spec)}
+
+
+def check_parameters(spec: ModelSpec, parameters: Arrays) -> None:
+    """Raise InputError unless these are the spec's parameters: every name, no other, float32, its shape, finite."""
+    shapes = parameter_shapes(spec)
+    for name in sorted(shapes.keys() ^ parameters.keys()):
+        found = "none" if name in shapes else "an array of this name"
+        raise InputError(name, "a parameter" if name in shapes else f"only parameters of spec '{spec.name}'", found,
+                         "pass exactly the spec's parameters, see SPEC.md, 2")
+    for name, shape in shapes.items():
+        array = parameters[name]
+        if array.dtype != np.float32 or array.shape != shape:
+            raise InputError(name, f"float32{list(shape)}", f"{array.dtype}{list(array.shape)}",
+                             "convert it, or use the spec that it belongs to")
+        if not np.isfinite(array).all():
+            raise InputError(name, "finite numbers", "NaN or infinity", "use parameters that have not diverged")

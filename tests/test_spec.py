@@ -1,5 +1,6 @@
 """ModelSpec and its files: derived sizes, capping, and one-line errors for everything that a user can get wrong."""
 
+import re
 from importlib.resources import files
 
 import pytest
@@ -189,3 +190,18 @@ def test_the_digest_is_that_of_what_is_computed():
     assert tiny_with("batch_size = 32", "batch_size = 33").digest == spec.digest
     assert tiny_with("rows = 40", "rows = 41").digest != spec.digest
     assert tiny_with("learning_rate = 0.1", "learning_rate = 0.2").digest != spec.digest
+
+
+def test_parameters_that_are_not_the_specs_are_named():
+    spec = toml.load("tiny")
+    good = parameters.initial_parameters(spec)
+    parameters.check_parameters(spec, good)
+    for bad, message in [
+        ({name: array for name, array in good.items() if name != "top.1.bias"}, "top.1.bias: expected a parameter"),
+        (good | {"top.9.bias": good["top.1.bias"]}, "top.9.bias: expected only parameters of spec 'tiny'"),
+        (good | {"top.1.bias": good["top.1.bias"].astype("float64")},
+         "top.1.bias: expected float32[1], found float64[1]"),
+        (good | {"top.1.bias": good["top.1.bias"] * float("nan")}, "top.1.bias: expected finite numbers"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            parameters.check_parameters(spec, bad)
