@@ -49,7 +49,7 @@ RATES = {"sgd": 0.1, "adagrad": 0.001, "rowwise_adagrad": 0.001}
 """Learning rates under an optimizer that is not the spec's own. A rate meant for SGD is no rate for Adagrad,
 whose first step is rate * sign(gradient): it saturates the model, and all later gradients vanish."""
 
-MOST_SAMPLES = 512
+MOST_SAMPLES = 256
 """Batches are cut to this size unless another is asked for: float64 takes its time."""
 
 

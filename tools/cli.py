@@ -95,7 +95,7 @@ def spec_schema() -> None:
 @click.option("--steps", type=click.IntRange(min=0), default=10, show_default=True,
               help="Training steps under each optimizer; 0 compares forward and backward alone.")
 @click.option("--batch-size", type=click.IntRange(min=1),
-              help="Samples a batch.  [default: the spec's own, at most 512]")
+              help="Samples a batch.  [default: the spec's own, at most 256]")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--data", default="random", show_default=True, metavar="SOURCE",
               help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")

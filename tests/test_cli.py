@@ -1,0 +1,168 @@
+"""The command as a user meets it. Bad input is one line naming path, expected and found, and exit status 2."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from conformance.case import make_case
+from spec import toml
+from tools.cli import main
+
+DLRM = Path(sys.executable).parent / "dlrm"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The one line on stderr of a command that must exit 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("dlrm: ")
+    return line.removeprefix("dlrm: ")
+
+
+def tiny_file(folder, old, new):
+    path = folder / "my.toml"
+    text = toml.dumps(toml.load("tiny"))
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+def tiny_batch(folder, **changes):
+    """An .npz of one good batch of `tiny`, but for the arrays in `changes` (functions of the good array)."""
+    named = make_case(toml.load("tiny"), steps=1).batches[0].arrays()
+    for name, change in changes.items():
+        named[name] = change(named[name].copy())
+    path = folder / "batch.npz"
+    np.savez(path, **named)
+    return path
+
+
+def put(place, value):
+    def change(array):
+        array[place] = value
+        return array
+    return change
+
+
+def test_unknown_preset_suggests_the_right_one():
+    assert refused("conform", "criteo-kagle") == (
+        "spec 'criteo-kagle': expected one of " + ", ".join(toml.preset_names()) + ", or a .toml file, "
+        "found no such preset; did you mean 'criteo-kaggle'?")
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("batch_size = 32", "batch_sise = 32", "batch_sise: expected only known keys, found an unknown key; "
+                                           "did you mean 'batch_size'?"),
+    ("embedding_dim = 8", "embedding_dim = 9", "bottom.widths: expected a last width of 9, the embedding_dim, "
+                                               "found 8; "),
+    ("rows = 40", "rows = 0", "tables.0.rows: expected greater than 0, found 0; "),
+    ("rows = 40", "rows = -3", "tables.0.rows: expected greater than 0, found -3; "),
+    ("learning_rate = 0.1", "learning_rate = 0.0", "optimizer.learning_rate: expected greater than 0, found 0.0; "),
+])
+def test_bad_specs(tmp_path, old, new, message):
+    path = tiny_file(tmp_path, old, new)
+    assert refused("spec", "validate", path).startswith(f"{path}: {message}")
+    assert refused("conform", path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("tables.1.indices", put(0, 30), "tables.1.indices[0]: expected 0 to 29, a row of the table, found 30"),
+    ("tables.1.indices", put(0, -1), "tables.1.indices[0]: expected 0 to 29, a row of the table, found -1"),
+    ("tables.1.indices", lambda a: a[1:], "tables.1.lengths: expected a sum of"),
+    ("dense", put((2, 3), np.nan), "dense[2, 3]: expected a finite number, found nan"),
+    ("dense", lambda a: a.astype(np.float64), "dense: expected dtype float32, found float64"),
+    ("tables.0.indices", lambda a: a.astype(np.int32), "tables.0.indices: expected dtype int64, found int32"),
+])
+def test_bad_batches(tmp_path, name, change, message):
+    path = tiny_batch(tmp_path, **{name: change})
+    assert refused("conform", "tiny", "--data", f"npz:{path}").startswith(f"{path}: {message}")
+
+
+def test_good_batches_of_ones_own(tmp_path):
+    result = invoke("conform", "tiny", "--data", f"npz:{tiny_batch(tmp_path)}", "--steps", 1, "--backend", "torch")
+    assert result.exit_code == 0, result.output
+
+
+def test_criteo_row_with_38_fields(tmp_path):
+    path = tmp_path / "rows.tsv"
+    row = ["1", *["3"] * 13, *["0a1b2c3d"] * 26]
+    path.write_text("\t".join(row) + "\n" + "\t".join(row[:38]) + "\n")
+    assert refused("conform", "criteo-kaggle", "--max-rows", 100, "--data", f"criteo:{path}").startswith(
+        f"{path}:2: expected 40 tab-separated fields")
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "no-such"], ["--data", "nonsense"], ["--device", "tpu"],
+                                       ["--data", "criteo:/no/such/file"]])
+def test_other_bad_options_are_one_line(arguments):
+    assert "expected" in refused("conform", "tiny", "--steps", 0, *(
+        arguments if "--backend" in arguments else ["--backend", "torch", *arguments]))
+
+
+def test_unwritable_folders(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    for arguments in (["conform", "tiny", "--steps", 0, "--out", blocked / "report"],
+                      ["conform", "tiny", "--steps", 0, "--json", blocked / "report.json"],
+                      ["export", "tiny", "--out", blocked / "models"]):
+        assert "expected a writable folder" in refused(*arguments)
+    assert blocked.read_text() == "in the way" and list(tmp_path.iterdir()) == [blocked]
+
+
+def test_report_files_appear_whole(tmp_path):
+    result = invoke("conform", "tiny", "--backend", "torch", "--steps", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["conforms"] and report["cases"][0]["backends"][0]["elements"] > 10_000
+
+
+def test_specs_can_be_listed_shown_and_capped(tmp_path):
+    assert "criteo-kaggle" in invoke("spec", "list").output
+    shown = invoke("spec", "show", "criteo-kaggle", "--max-rows", 100)
+    spec = toml.loads(shown.output, "shown")
+    assert spec.is_capped and max(table.rows for table in spec.tables) == 100
+    assert max(table.published_rows or 0 for table in spec.tables) == 10131227
+    path = tmp_path / "shown.toml"
+    path.write_text(shown.output)
+    assert invoke("spec", "validate", path).exit_code == 0
+    assert json.loads(invoke("spec", "schema").output)["$schema"]
+
+
+@pytest.mark.parametrize("command", [[], ["spec"], ["spec", "list"], ["spec", "show"], ["spec", "validate"],
+                                     ["spec", "schema"], ["conform"], ["export"], ["engine"], ["engine", "install"],
+                                     ["engine", "status"]])
+def test_every_help_shows_an_example(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert re.search(r"Example:\s+dlrm ", result.output) or command in (["spec"], ["engine"])
+
+
+def test_interrupting_exits_130_at_once_and_writes_nothing(tmp_path):
+    process = subprocess.Popen([DLRM, "conform", "criteo-kaggle", "--max-rows", "1000", "--backend", "torch", "--steps",
+                                "1000", "--out", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr.decode().strip().endswith("dlrm: interrupted")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_output_is_plain_where_it_is_no_terminal():
+    run = subprocess.run([DLRM, "conform", "tiny", "--backend", "torch", "--steps", "1"], capture_output=True,
+                         text=True, env=os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning"})
+    assert run.returncode == 0 and "\x1b" not in run.stdout and run.stderr == ""
