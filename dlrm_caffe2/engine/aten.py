@@ -1,0 +1,137 @@
+"""The embedded engine: a NetDef runs in-process on PyTorch's ATen kernels, with Caffe2's semantics.
+
+Each operator's kernel, and what it refuses, is in its Operator record. Where Caffe2 itself checks nothing and
+corrupts memory, the kernels refuse.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm_caffe2.check import check_net, operator_name
+from dlrm_caffe2.engine import Arrays
+from dlrm_caffe2.operators import Node, Operator, OperatorError, record
+from dlrm_caffe2.operators.record import TensorType
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef
+from spec.errors import EngineError
+
+
+@dataclass
+class _Step:
+    """One operator of a kept net. `accepted` are the input types that its rule has let through last."""
+
+    where: str
+    node: Node
+    operator: Operator
+    accepted: tuple | None = None
+
+
+class AtenEngine:
+    """A NetEngine on PyTorch. Blobs are torch tensors, kept on `device`.
+
+    `device` is any device of PyTorch's. It has been run on "cpu" alone: on a GPU the kernels are expected to work,
+    and nothing tests that they do.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._blobs: dict[str, Any] = {}
+        self._nets: dict[str, list[_Step]] = {}
+        self.description = f"ATen kernels of PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
+
+    def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
+        """Create or overwrite blobs (copied). Raises EngineError for a dtype that PyTorch lacks."""
+        import torch
+
+        for name, array in blobs.items():
+            copy = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+            try:
+                self._blobs[name] = torch.from_numpy(copy).to(self._device)
+            except TypeError as error:
+                raise EngineError(f"blob '{name}': {error}") from None
+
+    def fetch(self, names: Sequence[str]) -> Arrays:
+        """Copies of blobs. Raises EngineError for one that does not exist."""
+        for name in names:
+            if name not in self._blobs:
+                raise EngineError(f"blob '{name}' does not exist")
+        return {name: self._blobs[name].cpu().numpy().copy() for name in names}
+
+    def run_once(self, net: NetDef) -> None:
+        self._run(self._plan(net))
+
+    def create(self, net: NetDef) -> None:
+        """Check a net (see check.check_net) and keep it. Raises EngineError also for a name that is taken."""
+        if net.name in self._nets:
+            raise EngineError(f"net '{net.name}' exists already")
+        self._nets[net.name] = self._plan(net)
+
+    def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
+        steps = self._net(name)
+        self.feed(feeds)
+        self._run(steps)
+        return self.fetch(fetch)
+
+    def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        steps = self._net(name)
+        self.feed(feeds)
+        self._run(steps, seconds)
+        return seconds
+
+    def close(self) -> None:
+        self._blobs.clear()
+        self._nets.clear()
+
+    def _plan(self, net: NetDef) -> list[_Step]:
+        nodes = check_net(net, self._blobs.keys())
+        return [_Step(operator_name(net.name, number, node.type), node, record(node.type))
+                for number, node in enumerate(nodes)]
+
+    def _net(self, name: str) -> list[_Step]:
+        if name not in self._nets:
+            raise EngineError(f"net '{name}' does not exist; create it first")
+        return self._nets[name]
+
+    def _run(self, steps: list[_Step], seconds: dict[str, float] | None = None) -> None:
+        """Run the steps; where `seconds` is given, add the time of each to that of its operator type."""
+        import torch
+
+        with torch.inference_mode():
+            for step in steps:
+                start = time.perf_counter()
+                try:
+                    self._execute(step)
+                except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
+                    raise EngineError(f"{step.where}: {error}") from error
+                if seconds is not None:
+                    self._synchronize()
+                    type = step.node.type
+                    seconds[type] = seconds.get(type, 0.0) + time.perf_counter() - start
+
+    def _execute(self, step: _Step) -> None:
+        inputs = [self._blobs[name] for name in step.node.inputs]
+        types = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
+        if types != step.accepted:  # the rule depends on the types alone: the same ones need no second look
+            step.operator.infer(step.node, [_type(tensor) for tensor in inputs])
+            step.accepted = types
+        outputs = step.operator.aten(step.node, *inputs)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        for name, tensor in zip(step.node.outputs, outputs, strict=True):
+            self._blobs[name] = tensor.to(self._device)  # moves what operators without inputs have made
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+
+def _type(tensor: Any) -> TensorType:
+    return TensorType(np.dtype(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
