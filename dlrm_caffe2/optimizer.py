@@ -1,0 +1,66 @@
+"""The optimizers as operators of a train net (SPEC.md, 7). Caffe2's updates add, so the rate is negative."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from dlrm_caffe2.net import make_operator
+from dlrm_caffe2.operators.record import Slice
+from dlrm_caffe2.proto.caffe2_pb2 import OperatorDef
+from spec.model import ModelSpec
+from spec.parameters import Arrays, moment_name
+
+RATE = "minus_learning_rate"
+ONE = "one"
+
+
+def optimizer_constants(spec: ModelSpec) -> Arrays:
+    """Blobs of one float32 that the updates read."""
+    blobs = {RATE: np.array([-spec.optimizer.learning_rate], np.float32)}
+    return blobs | {ONE: np.ones(1, np.float32)} if spec.optimizer.kind == "sgd" else blobs
+
+
+def update_operators(spec: ModelSpec, gradients: Mapping[str, str | Slice]) -> Iterator[OperatorDef]:
+    """The update of every parameter in `gradients`, in place."""
+    rule = _sgd if spec.optimizer.kind == "sgd" else _adagrad
+    coalesced: set[str] = set()
+    for parameter, gradient in gradients.items():
+        if isinstance(gradient, Slice) and spec.optimizer.kind != "sgd":
+            yield from _coalesce(gradient, coalesced)
+            gradient = _unique(gradient)
+        yield rule(spec, parameter, gradient)
+
+
+def _sgd(spec: ModelSpec, parameter: str, gradient: str | Slice) -> OperatorDef:
+    """w += -lr g; ScatterWeightedSum adds a row's occurrences one by one."""
+    if isinstance(gradient, Slice):
+        inputs = [parameter, ONE, gradient.indices, gradient.values, RATE]
+        return make_operator("ScatterWeightedSum", inputs, [parameter])
+    return make_operator("WeightedSum", [parameter, ONE, gradient, RATE], [parameter])
+
+
+def _adagrad(spec: ModelSpec, parameter: str, gradient: str | Slice) -> OperatorDef:
+    """h += g^2, or its mean over the row; w += -lr g / (sqrt(h) + eps)."""
+    state = [parameter, moment_name(parameter)]
+    if isinstance(gradient, Slice):
+        kind = "RowWiseSparseAdagrad" if spec.optimizer.kind == "rowwise_adagrad" else "SparseAdagrad"
+        inputs = [*state, *gradient, RATE]
+    else:
+        kind, inputs = "Adagrad", [*state, gradient, RATE]
+    return make_operator(kind, inputs, state, epsilon=spec.optimizer.eps)
+
+
+def _unique(gradient: Slice) -> Slice:
+    return Slice(f"{gradient.indices}_unique", f"{gradient.values}_unique")
+
+
+def _coalesce(gradient: Slice, done: set[str]) -> Iterator[OperatorDef]:
+    """Sum the values of a repeated row: the sparse Adagrads apply one after the other, which is another result.
+
+    `done` lists the index blobs that have been made unique: a table's two parameters share theirs.
+    """
+    unique, places = _unique(gradient), f"{gradient.indices}_places"
+    if gradient.indices not in done:
+        done.add(gradient.indices)
+        yield make_operator("Unique", [gradient.indices], [unique.indices, places])
+    yield make_operator("UnsortedSegmentSum", [gradient.values, places], [unique.values])
