@@ -1,0 +1,199 @@
+"""A case of report.json as matrices of tensors by backends: what the HTML page draws."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+_TABLE = re.compile(r"tables\.(\d+)\.(.+)")
+_MOST_TABLES = 4
+"""A tensor that more tables than this have becomes one row that unfolds."""
+
+SUSPICIOUS = 1e-3
+"""An inexact tensor whose worst error / bound is below this: its bound is wider than the arithmetic needs."""
+
+Verdict = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """One tensor, or (with `members`) the same tensor of many tables.
+
+    Attributes:
+        verdicts: by backend; the worst of the members' for a folded row. A backend may lack it.
+        tightness: greatest rms(bound) / rms(tensor) of any backend.
+        null_ratio: least score of a null result on any backend; None where the null result is right.
+    """
+
+    name: str
+    verdicts: dict[str, Verdict]
+    members: list["Row"] = field(default_factory=list)
+
+    @property
+    def tightness(self) -> float:
+        return max((float(verdict["tightness"]) for verdict in self._all), default=0.0)
+
+    @property
+    def null_ratio(self) -> float | None:
+        return min((float(v["null_ratio"]) for v in self._all if v["null_ratio"] is not None), default=None)
+
+    @property
+    def conforms(self) -> bool:
+        return all(verdict["conforms"] for verdict in self.verdicts.values())
+
+    @property
+    def _all(self) -> list[Verdict]:
+        return [v for row in self.members for v in row._all] if self.members else list(self.verdicts.values())
+
+
+@dataclass
+class Panel:
+    """One matrix: forward, backward, or the steps under one optimizer. `kinks` has a line for each backend."""
+
+    title: str
+    note: str
+    backends: list[str]
+    rows: list[Row]
+    kinks: list[tuple[str, str]]
+
+    @property
+    def conforms(self) -> bool:
+        return all(row.conforms for row in self.rows)
+
+
+def level(verdict: Verdict, edges: list[float]) -> str:
+    """CSS class: "none" (nothing to compare), "exact" (no error, and none allowed), "fail", or "r{i}", a bin."""
+    if not verdict["conforms"]:
+        return "fail"
+    if not verdict["elements"]:
+        return "none"
+    worst = float(verdict["worst"])
+    if worst == 0 and float(verdict["tightness"]) == 0:
+        return "exact"
+    return ratio_level(worst, edges)
+
+
+def ratio_level(worst: float | str, edges: list[float]) -> str:
+    """The bin of the histogram that an error / bound falls into; "fail" above 1."""
+    place = bisect_left(edges, float(worst))
+    return "fail" if place == len(edges) else f"r{place}"
+
+
+def is_suspicious(verdict: Verdict) -> bool:
+    """Better than float32 can be, or compared with a bound that is too wide."""
+    return verdict["conforms"] and float(verdict["tightness"]) > 0 and float(verdict["worst"]) < SUSPICIOUS
+
+
+def is_vacuous(verdict: Verdict) -> bool:
+    """A null result would have conformed."""
+    return verdict["null_ratio"] is not None and float(verdict["null_ratio"]) <= 1
+
+
+def panels(case: dict[str, Any]) -> list[Panel]:
+    """Forward and backward of the first step, then each optimizer; every tensor that any backend was judged on."""
+    keys = [(None, "forward"), (None, "backward"), *((optimizer, "") for optimizer in case["optimizers"])]
+    return [panel for key in keys if (panel := _panel(case, *key)).rows]
+
+
+def _panel(case: dict[str, Any], optimizer: str | None, phase: str) -> Panel:
+    judged, kinks = {}, []
+    for backend in case["backends"]:
+        if backend["status"] == "missing" or not (backend["trains"] or phase == "forward"):
+            continue
+        section = next((s for s in backend["sections"] if s["optimizer"] == optimizer), None)
+        tensors = section["tensors"] if section else []
+        judged[backend["backend"]] = {v["tensor"]: v for v in tensors if phase in ("", v["phase"])}
+        if section and section["kinks"] and phase != "backward":
+            kinks.append((backend["backend"], _kinks(section["kinks"])))
+    if len({line for _, line in kinks}) == 1 and len(kinks) > 1:
+        kinks = [("every backend", kinks[0][1])]
+    longest_first = sorted(judged.values(), key=len, reverse=True)
+    names = dict.fromkeys(name for verdicts in longest_first for name in verdicts)
+    rows = [Row(name, {backend: verdicts[name] for backend, verdicts in judged.items() if name in verdicts})
+            for name in names]
+    return Panel(f"update: {optimizer}" if optimizer else phase, _note(case, optimizer, len(rows)), list(judged),
+                 _fold(rows), kinks)
+
+
+def _note(case: dict[str, Any], optimizer: str | None, tensors: int) -> str:
+    if not optimizer:
+        return f"{tensors} tensors"
+    rates = {section["learning_rate"] for backend in case["backends"] for section in backend["sections"]
+             if section["optimizer"] == optimizer}
+    return f"{tensors} tensors, worst of {case['steps']} steps at rate {', '.join(f'{rate:g}' for rate in sorted(rates))}"
+
+
+def _fold(rows: list[Row]) -> list[Row]:
+    """The tables' rows under one row for each kind of tensor, where there are many tables."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_without_number(row.name), []).append(row)
+    folded = []
+    for name, members in groups.items():
+        if len(members) <= _MOST_TABLES:
+            folded += members
+        else:
+            backends = dict.fromkeys(backend for row in members for backend in row.verdicts)
+            folded.append(Row(name, {backend: _worst(row.verdicts[backend] for row in members
+                                                     if backend in row.verdicts) for backend in backends}, members))
+    return folded
+
+
+def _without_number(name: str) -> str:
+    """"tables.3.weight" -> "tables.*.weight"; other names as they are."""
+    match = _TABLE.fullmatch(name)
+    return f"tables.*.{match[2]}" if match else name
+
+
+def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+    return max(verdicts, key=lambda v: (not v["conforms"], bool(v["problem"]), float(v["worst"]),
+                                        float(v["tightness"])))
+
+
+def _kinks(kinks: dict[str, int]) -> str:
+    counts: dict[str, int] = {}
+    for name, count in kinks.items():
+        counts[_without_number(name)] = counts.get(_without_number(name), 0) + count
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+@dataclass
+class Ledger:
+    """What one backend was held against, counted.
+
+    Attributes:
+        exact, inexact: tensors whose arithmetic leaves no room for error, and the others.
+        suspicious, vacuous: (where, verdict) of tensors whose bound may mean nothing.
+        loosest: greatest rms(bound) / rms(tensor).
+        weakest: least score of a null result.
+        kinks: elements within reach of a kink.
+    """
+
+    backend: str
+    tensors: int
+    elements: int
+    failing: int
+    exact: int
+    inexact: int
+    suspicious: list[tuple[str, Verdict]]
+    vacuous: list[tuple[str, Verdict]]
+    loosest: float
+    weakest: float | None
+    kinks: int
+
+
+def ledger(backend: dict[str, Any]) -> Ledger:
+    found = [(section["optimizer"] or verdict["phase"], verdict)
+             for section in backend["sections"] for verdict in section["tensors"]]
+    verdicts = [verdict for _, verdict in found]
+    judged = [verdict for verdict in verdicts if not verdict["problem"]]
+    inexact = sum(float(verdict["tightness"]) > 0 for verdict in judged)
+    return Ledger(
+        backend["backend"], len(verdicts), backend["elements"],
+        sum(not verdict["conforms"] for verdict in verdicts), len(judged) - inexact, inexact,
+        [(where, verdict) for where, verdict in found if is_suspicious(verdict)],
+        [(where, verdict) for where, verdict in found if is_vacuous(verdict)],
+        max((float(verdict["tightness"]) for verdict in verdicts), default=0.0),
+        min((float(v["null_ratio"]) for v in verdicts if v["null_ratio"] is not None), default=None),
+        sum(count for section in backend["sections"] for count in section["kinks"].values()))
