@@ -183,7 +183,7 @@ def _gather_aten(node: Node, data, indices):
     """An index in [-N, -1] counts from the end, as in Caffe2."""
     expect_indices(node, 1, indices, len(data), least=-len(data))
     wrapped = indices.reshape(-1) % max(len(data), 1)
-    return data.index_select(0, wrapped).reshape(*indices.shape, *data.shape[1:])
+    return data.index_select(0, wrapped).reshape((*indices.shape, *data.shape[1:]))
 
 
 def _gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:

@@ -139,7 +139,7 @@ def _logits_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[Ten
 
 def _logits_gradient_aten(node: Node, dy, x, t):
     inner = x.shape[-1] if x.dim() else 1
-    scale = (dy / inner).reshape(*x.shape[:-1], *[1] * min(x.dim(), 1))
+    scale = (dy / inner).reshape((*x.shape[:-1], *[1] * min(x.dim(), 1)))
     return scale * (x.sigmoid() - t)
 
 

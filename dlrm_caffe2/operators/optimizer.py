@@ -74,6 +74,7 @@ def _scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     """Each listed row times w0, once for every time it is listed; then X[I[k]] += w1 * X1[k], in the order of k."""
     expect_indices(node, 2, indices, len(x))
+    indices = indices.long()  # what index_copy_ and scatter_add_ take
     if not x1.numel():
         return x
     if float(w0) != 1:
@@ -81,7 +82,7 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
             rows = indices[positions]
             x.index_copy_(0, rows, x.index_select(0, rows) * w0.reshape(()))
     updates = (x1 * w1.reshape(())).reshape(len(indices), -1)
-    x.view(len(x), -1).scatter_add_(0, indices.long().unsqueeze(1).expand_as(updates), updates)
+    x.view(len(x), -1).scatter_add_(0, indices.unsqueeze(1).expand_as(updates), updates)
     return x
 
 
@@ -164,6 +165,7 @@ def _sparse_adagrad(rowwise: bool):
     def aten(node: Node, parameter, moment, indices, gradient, lr):
         """Adagrad on the listed rows: h += g^2, or its mean over the row; P += lr g / (sqrt(h) + epsilon)."""
         expect_indices(node, 2, indices, len(parameter))
+        indices = indices.long()  # what index_copy_ takes
         if not gradient.numel():
             return parameter, moment
         p, g = (x.view(len(x), -1) for x in (parameter, gradient.contiguous()))
