@@ -93,10 +93,11 @@ def is_vacuous(verdict: Verdict) -> bool:
 def panels(case: dict[str, Any]) -> list[Panel]:
     """Forward and backward of the first step, then each optimizer; every tensor that any backend was judged on."""
     keys = [(None, "forward"), (None, "backward"), *((optimizer, "") for optimizer in case["optimizers"])]
-    return [panel for key in keys if (panel := _panel(case, *key)).rows]
+    return [panel for key in keys if (panel := _panel(case, *key))]
 
 
-def _panel(case: dict[str, Any], optimizer: str | None, phase: str) -> Panel:
+def _panel(case: dict[str, Any], optimizer: str | None, phase: str) -> Panel | None:
+    """None where no backend came as far."""
     judged, kinks = {}, []
     for backend in case["backends"]:
         if backend["status"] == "missing" or not (backend["trains"] or phase == "forward"):
@@ -112,6 +113,8 @@ def _panel(case: dict[str, Any], optimizer: str | None, phase: str) -> Panel:
     names = dict.fromkeys(name for verdicts in longest_first for name in verdicts)
     rows = [Row(name, {backend: verdicts[name] for backend, verdicts in judged.items() if name in verdicts})
             for name in names]
+    if not rows:
+        return None
     return Panel(f"update: {optimizer}" if optimizer else phase, _note(case, optimizer, len(rows)), list(judged),
                  _fold(rows), kinks)
 
@@ -119,9 +122,9 @@ def _panel(case: dict[str, Any], optimizer: str | None, phase: str) -> Panel:
 def _note(case: dict[str, Any], optimizer: str | None, tensors: int) -> str:
     if not optimizer:
         return f"{tensors} tensors"
-    rates = {section["learning_rate"] for backend in case["backends"] for section in backend["sections"]
-             if section["optimizer"] == optimizer}
-    return f"{tensors} tensors, worst of {case['steps']} steps at rate {', '.join(f'{rate:g}' for rate in sorted(rates))}"
+    rate = next(section["learning_rate"] for backend in case["backends"] for section in backend["sections"]
+                if section["optimizer"] == optimizer)
+    return f"{tensors} tensors, worst of {case['steps']} steps at rate {rate:g}"
 
 
 def _fold(rows: list[Row]) -> list[Row]:
@@ -181,6 +184,10 @@ class Ledger:
     loosest: float
     weakest: float | None
     kinks: int
+
+    @property
+    def doubts(self) -> int:
+        return len(self.suspicious) + len(self.vacuous)
 
 
 def ledger(backend: dict[str, Any]) -> Ledger:

@@ -248,12 +248,14 @@ def test_bounds_that_mean_nothing_are_flagged(page):
     report = report_of(Rounded())
     verdict = first_verdict(report)
     before = page(report)
-    assert "would conform: " not in before.text
+    assert "where a null result would conform" not in before.text
     verdict.update(worst=2e-5, tightness=0.5, null_ratio=0.25)
     found = page(report)
     assert "1 tensors where a null result would conform" in found.text
     suspicious = re.search(r"(\d+) suspiciously good tensors", found.text)
     assert suspicious and verdict["tensor"] in found.text[suspicious.end():]
+    doubts = re.search(r"doubtful bounds: (\d+)", found.text)
+    assert doubts and int(doubts[1]) == int(suspicious[1]) + 1
     (cells,) = found.cells(verdict["tensor"])
     assert cells[0][1:3] == ("r0", "2.0e-5") and cells[-1][1:3] == ("n bad", "0.25") and cells[-2][2] == "0.50"
 
