@@ -1,0 +1,167 @@
+"""The backends `caffe2`, `caffe2-aten` and `caffe2-onnx`: the same nets on three engines.
+
+Frameworks are imported when a model is made.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+
+from dlrm_caffe2.engine import NetEngine
+from dlrm_caffe2.model import constants, gradient_net, predict_net, trace_blobs, train_net
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef
+from spec.backend import Availability
+from spec.batch import Batch
+from spec.errors import EngineError, InputError
+from spec.model import ModelSpec
+from spec.parameters import (
+    Arrays,
+    check_parameters,
+    initial_state,
+    parameter_shapes,
+    state_shapes,
+    trained_parameters,
+)
+from spec.tensors import trace_names
+
+
+class _Kept(NamedTuple):
+    """A net that the engine keeps, and those of a batch's arrays that it reads."""
+
+    name: str
+    feeds: tuple[str, ...]
+
+
+class NetModel:
+    """One model of `spec.backend.Model` on any NetEngine. Batches are validated before the engine sees them.
+
+    A net is made when it is first used, since its inputs must be there. Closes the engine where it fails.
+    """
+
+    def __init__(self, spec: ModelSpec, parameters: Arrays, engine: NetEngine, trains: bool) -> None:
+        self.spec, self.engine = spec, engine.description
+        self._engine, self._trains = engine, trains
+        self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
+        forward = {name: name for name in trace_names(spec, gradients=False)}
+        self._trace_blobs = trace_blobs(spec) if trains else forward
+        try:
+            engine.feed(parameters | constants(spec) | (initial_state(spec) if trains else {}))
+        except BaseException:
+            engine.close()
+            raise
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        return self._run(predict_net, batch, ["probability"])["probability"]
+
+    def trace(self, batch: Batch) -> Arrays:
+        net = gradient_net if self._trains else predict_net
+        blobs = self._run(net, batch, tuple(dict.fromkeys(self._trace_blobs.values())))
+        return {name: blobs[self._trace_blobs[name]] for name in trace_names(self.spec, self._trains)}
+
+    def train_step(self, batch: Batch) -> float:
+        self._expect_training()
+        return float(self._run(train_net, batch, ["loss"])["loss"])
+
+    def parameters(self) -> Arrays:
+        return self._engine.fetch(tuple(parameter_shapes(self.spec)))
+
+    def optimizer_state(self) -> Arrays:
+        self._expect_training()
+        return self._engine.fetch(tuple(state_shapes(self.spec)))
+
+    def profile(self, batch: Batch) -> dict[str, float]:
+        """A training step is undone afterwards, from a copy of all that it changes."""
+        if not self._trains:
+            return self._profile(predict_net, batch)
+        before = self._engine.fetch((*trained_parameters(self.spec), *state_shapes(self.spec)))
+        seconds = self._profile(train_net, batch)
+        self._engine.feed(before)
+        return seconds
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _run(self, make: Callable[[ModelSpec], NetDef], batch: Batch, fetch: Sequence[str]) -> Arrays:
+        name, feeds = self._prepare(make, batch)
+        return self._engine.run(name, feeds, fetch)
+
+    def _profile(self, make: Callable[[ModelSpec], NetDef], batch: Batch) -> dict[str, float]:
+        name, feeds = self._prepare(make, batch)
+        return self._engine.profile(name, feeds)
+
+    def _prepare(self, make: Callable[[ModelSpec], NetDef], batch: Batch) -> tuple[str, Arrays]:
+        """The name of the net, kept from now on, and what to feed it."""
+        batch.validate(self.spec)
+        arrays = batch.arrays()
+        if make not in self._nets:
+            net = make(self.spec)
+            kept = _Kept(net.name, tuple(name for name in arrays if name in net.external_input))
+            self._engine.feed({name: arrays[name] for name in kept.feeds})
+            self._engine.create(net)
+            self._nets[make] = kept
+        kept = self._nets[make]
+        return kept.name, {name: arrays[name] for name in kept.feeds}
+
+    def _expect_training(self) -> None:
+        if not self._trains:
+            raise NotImplementedError(f"{self.engine} computes the forward pass only")
+
+
+def _caffe2(device: str) -> NetEngine:
+    from dlrm_caffe2.engine.caffe2 import Caffe2Engine
+    return Caffe2Engine()
+
+
+def _caffe2_available() -> Availability:
+    from dlrm_caffe2.engine.install import availability
+    return availability()
+
+
+def _aten(device: str) -> NetEngine:
+    from dlrm_caffe2.engine.aten import AtenEngine
+    return AtenEngine(device)
+
+
+def _onnx(device: str) -> NetEngine:
+    from dlrm_caffe2.engine.onnxruntime import OnnxEngine
+    return OnnxEngine()
+
+
+def _needs(*packages: str) -> Callable[[], Availability]:
+    def available() -> Availability:
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            return Availability(False, f"{' and '.join(missing)} not installed", f"pip install {' '.join(missing)}")
+        return Availability(True)
+    return available
+
+
+@dataclass(frozen=True)
+class NetBackend:
+    """See `spec.backend.Backend`. Attributes: `start`: device -> engine; `devices`: those that it can use."""
+
+    name: str
+    start: Callable[[str], NetEngine]
+    available: Callable[[], Availability]
+    trains: bool = True
+    devices: tuple[str, ...] = ("cpu",)
+
+    def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> NetModel:
+        """Raises EngineError where the engine is missing or fails; InputError for a device that it cannot use,
+        and for parameters that are not those of the spec."""
+        state = self.available()
+        if not state.ok:
+            raise EngineError(f"backend '{self.name}': {state.reason}; {state.remedy}")
+        if device not in self.devices:
+            raise InputError(f"device '{device}'", f"{' or '.join(self.devices)} for backend '{self.name}'",
+                             "another device", "use --device cpu")
+        check_parameters(spec, parameters)
+        return NetModel(spec, parameters, self.start(device), self.trains)
+
+
+CAFFE2 = NetBackend("caffe2", _caffe2, _caffe2_available)
+ATEN = NetBackend("caffe2-aten", _aten, _needs("torch"))
+ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"), trains=False)
