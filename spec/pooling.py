@@ -46,34 +46,48 @@ def forward(table: Table, weight: np.ndarray, pooling: np.ndarray | None,
 
 def backward(table: Table, weight: np.ndarray, pooling: np.ndarray | None, indices: np.ndarray,
              lengths: np.ndarray, dy: Tracked) -> tuple[RowGradient, RowGradient | None]:
-    """(gradient of weight, gradient of the row weights where they are learned) for dy [B, E]."""
+    """(gradient of weight, gradient of the row weights where they are learned) for dy [B, E].
+
+    A row that stands m times in one bag gets the same term m times, whose error has one cause: the variance is
+    m^2 that of the term, not m.
+    """
+    batch = max(len(lengths), 1)
     bag = np.repeat(np.arange(len(lengths)), lengths)
-    occurrence = dy[bag]
+    pairs, times = np.unique(indices * batch + bag, return_counts=True)  # each (row, bag) once, by row
+    row, bag = pairs // batch, pairs % batch
+    scale, roundings = np.ones((len(pairs), 1)), np.zeros((len(pairs), 1))
     if table.pooling == "mean":
-        n = lengths[bag][:, None].astype(np.float64)
-        value = occurrence.value / n
-        values = Tracked(value, occurrence.variance / n**2 + np.where(n > 1, 2 * ROUND * value**2, 0))
+        scale = 1 / lengths[bag][:, None].astype(np.float64)
+        roundings[lengths[bag] > 1] = 2  # the rounded 1/n, and the product
     elif pooling is not None:
-        w = pooling[indices].astype(np.float64)[:, None]
-        value = occurrence.value * w
-        values = Tracked(value, occurrence.variance * w**2 + ROUND * value**2)
-    else:
-        values = occurrence
+        scale, roundings = pooling[row].astype(np.float64)[:, None], np.ones((len(pairs), 1))
+    terms = dy[bag]
+    value = terms.value * scale
+    gradient = _sum_rows(row, times, Tracked(value, terms.variance * scale**2 + roundings * ROUND * value**2))
     learned = None
     if table.pooling == "weighted_learned":
-        learned = coalesce(indices, _dot(occurrence, weight[indices].astype(np.float64)))
-    return coalesce(indices, values), learned
+        learned = _sum_rows(row, times, _dot(terms, weight[row].astype(np.float64)))
+    return gradient, learned
 
 
-def coalesce(indices: np.ndarray, values: Tracked) -> RowGradient:
-    """Sum the occurrences of every row."""
+def _sum_rows(row: np.ndarray, times: np.ndarray, terms: Tracked) -> RowGradient:
+    """Sum terms [P, ...] that each occur `times` [P] times, for each row; `row` [P] ascends."""
+    rows, start = np.unique(row, return_index=True)
+    lengths = np.diff(np.append(start, len(row)))
+    count = segment_sum(times, lengths)
+    times = times.reshape(-1, *(1,) * (terms.value.ndim - 1)).astype(np.float64)
+    total = segment_sum(times * terms.value, lengths)
+    squares = segment_sum(times * terms.value**2, lengths)
+    additions = (count - 1).reshape(-1, *(1,) * (total.ndim - 1))
+    variance = segment_sum(times**2 * terms.variance, lengths) + rounding.summed(additions, squares, total)
+    return RowGradient(rows, count, Tracked(total, variance))
+
+
+def coalesce(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows int64 [U] ascending, float64 sums [U, ...]) of a slice that may list a row several times."""
     rows, count = np.unique(indices, return_counts=True)
     order = np.argsort(indices, kind="stable")
-    total = segment_sum(values.value[order], count)
-    squares = segment_sum(values.value[order] ** 2, count)
-    roundings = (count - 1).astype(np.float64).reshape(-1, *(1,) * (total.ndim - 1))
-    variance = segment_sum(values.variance[order], count) + rounding.summed(roundings, squares, total)
-    return RowGradient(rows, count, Tracked(total, variance))
+    return rows, segment_sum(values[order].astype(np.float64), count)
 
 
 def _dot(a: Tracked, b: np.ndarray) -> Tracked:

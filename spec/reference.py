@@ -12,7 +12,7 @@ from spec.batch import Batch
 from spec.model import ModelSpec
 from spec.parameters import Arrays
 from spec.pooling import RowGradient
-from spec.rounding import Tracked, exact
+from spec.rounding import C, Tracked, exact
 
 
 @dataclass
@@ -34,8 +34,10 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
              engine: Arrays | None = None) -> Evaluation:
     """Forward, and backward if asked for, in float64 from float32 parameters and batch.
 
-    `engine` is the trace of the engine under judgement. Where a value is within reach of a kink, and only
-    there, the gradient follows the side that the engine itself was on; without it both sides are allowed for.
+    `engine` is the trace of the engine under judgement. It decides what rounding leaves open, and only that:
+    where a value is within reach of a kink, the gradient follows the side that the engine was on; where a
+    saturated probability leaves next to nothing known of the logit's gradient, what lies behind it follows
+    from the engine's own. Without `engine` the variances allow for every outcome.
     """
     result = Evaluation()
     tensors, engine = result.tensors, engine or {}
@@ -64,8 +66,21 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
         if losses.dprobability is not None:
             tensors["probability_grad"] = losses.dprobability
         tensors[f"{logit}_grad"] = losses.dlogit
-        _backward(spec, parameters, batch, wide, dense, result, engine)
+        start = _decided(losses.dlogit, engine.get(f"{logit}_grad"))
+        _backward(spec, parameters, batch, wide, dense, start, result, engine)
     return result
+
+
+def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
+    """The engine's own gradient of the logit, for samples whose gradient is uncertain by more than 1 / C of it.
+
+    The error of a logit's gradient is a common factor of everything behind it; as large as this, it would add
+    up where the propagation by variance takes errors to be independent.
+    """
+    if engine is None or engine.shape != dlogit.value.shape:
+        return dlogit
+    open_ = (C * dlogit.reach > np.abs(dlogit.value)) & (np.abs(engine - dlogit.value) <= dlogit.reach)
+    return Tracked(np.where(open_, engine, dlogit.value), np.where(open_, 0, dlogit.variance))
 
 
 def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation) -> Tracked:
@@ -89,9 +104,9 @@ def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation
 
 
 def _backward(spec: ModelSpec, parameters: Arrays, batch: Batch, wide: Arrays, dense: Tracked,
-              result: Evaluation, engine: Arrays) -> None:
+              dlogit: Tracked, result: Evaluation, engine: Arrays) -> None:
     tensors = result.tensors
-    doutput = _mlp_backward(spec, "top", tensors["interaction.output"], wide, result, engine)
+    doutput = _mlp_backward(spec, "top", tensors["interaction.output"], wide, result, engine, dlogit)
     tensors["interaction.output_grad"] = doutput
     inner, dvectors = interaction.backward(spec, tensors, doutput)
     tensors.update(inner)
@@ -104,28 +119,23 @@ def _backward(spec: ModelSpec, parameters: Arrays, batch: Batch, wide: Arrays, d
         result.rows[f"{name}.weight"] = weight
         if learned is not None:
             result.rows[f"{name}.pooling"] = learned
-    tensors[f"bottom.{len(spec.bottom.widths) - 1}.activation_grad"] = dvectors[0]
-    _mlp_backward(spec, "bottom", dense, wide, result, engine)
+    _mlp_backward(spec, "bottom", dense, wide, result, engine, dvectors[0])
 
 
-def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation,
-                  engine: Arrays) -> Tracked:
-    """From the gradient recorded at the MLP's end to that of its input `x`, which is returned."""
+def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation, engine: Arrays,
+                  dy: Tracked) -> Tracked:
+    """From the gradient `dy` of the MLP's last recorded tensor to that of its input `x`, which is returned."""
     tensors = result.tensors
-    dx = x
     for layer in reversed(range(len(spec.layer_sizes[mlp]))):
         name = f"{mlp}.{layer}"
-        z = tensors[f"{name}.preactivation"]
         if f"{name}.activation" in tensors:
-            dy = tensors[f"{name}.activation_grad"]
-            tensors[f"{name}.preactivation_grad"] = (
-                rounding.relu_gradient(z, dy, engine.get(f"{name}.preactivation"))
-                if getattr(spec, mlp).activation == "relu"
-                else rounding.sigmoid_gradient(z, tensors[f"{name}.activation"], dy))
+            tensors[f"{name}.activation_grad"] = dy
+            z = tensors[f"{name}.preactivation"]
+            dy = (rounding.relu_gradient(z, dy, engine.get(f"{name}.preactivation"))
+                  if getattr(spec, mlp).activation == "relu"
+                  else rounding.sigmoid_gradient(z, tensors[f"{name}.activation"], dy))
+            tensors[f"{name}.preactivation_grad"] = dy
         source = tensors[f"{mlp}.{layer - 1}.activation"] if layer else x
-        dw, db, dx = rounding.fully_connected_gradient(
-            source, wide[f"{name}.weight"], tensors[f"{name}.preactivation_grad"])
+        dw, db, dy = rounding.fully_connected_gradient(source, wide[f"{name}.weight"], dy)
         tensors[f"{name}.weight_grad"], tensors[f"{name}.bias_grad"] = dw, db
-        if layer:
-            tensors[f"{mlp}.{layer - 1}.activation_grad"] = dx
-    return dx
+    return dy

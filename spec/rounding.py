@@ -59,7 +59,7 @@ def exact(value: np.ndarray) -> Tracked:
 
 def summed(n: float | np.ndarray, squares: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
     """Local variance of a sum of n roundings: `squares` is the sum of t^2, y the result."""
-    return ROUND * n / 2 * (squares + y**2)
+    return n * (ROUND / 2 * (squares + y**2) + UNDERFLOW**2)
 
 
 def concatenate(parts: list[Tracked], axis: int) -> Tracked:
