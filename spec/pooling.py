@@ -10,10 +10,14 @@ from spec.rounding import ROUND, Tracked
 
 
 class RowGradient(NamedTuple):
-    """Gradient of the rows that were looked up: `rows` int64 [U] ascending, `count` occurrences of each."""
+    """Gradient of the rows that were looked up: `rows` int64 [U] ascending, `count` [U] occurrences of each.
+
+    `squares` is the sum over the occurrences of the square of each one's own gradient.
+    """
 
     rows: np.ndarray
     count: np.ndarray
+    squares: np.ndarray
     gradient: Tracked
 
 
@@ -80,7 +84,7 @@ def _sum_rows(row: np.ndarray, times: np.ndarray, terms: Tracked) -> RowGradient
     squares = segment_sum(times * terms.value**2, lengths)
     additions = (count - 1).reshape(-1, *(1,) * (total.ndim - 1))
     variance = segment_sum(times**2 * terms.variance, lengths) + rounding.summed(additions, squares, total)
-    return RowGradient(rows, count, Tracked(total, variance))
+    return RowGradient(rows, count, squares, Tracked(total, variance))
 
 
 def coalesce(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

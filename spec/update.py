@@ -32,13 +32,14 @@ def update(spec: ModelSpec, parameters: Arrays, state: Arrays, evaluation: Evalu
     rate, eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
     for name in trained_parameters(spec):
         if is_sparse(name):
-            rows, count, gradient = evaluation.rows[name]
+            rows, count, squares, gradient = evaluation.rows[name]
         else:
-            rows, count, gradient = None, np.ones(1), evaluation.tensors[f"{name}_grad"]
+            rows, gradient = None, evaluation.tensors[f"{name}_grad"]
+            count, squares = np.ones(1), gradient.value**2
         w = _rows(parameters[name], rows)
         moment = moment_name(name)
         if spec.optimizer.kind == "sgd":
-            results[name] = Updated(rows, _sgd(w, gradient, rate, count))
+            results[name] = Updated(rows, _sgd(w, gradient, rate, count, squares))
             continue
         h = _rows(state[moment], rows)
         rowwise = h.ndim < w.ndim
@@ -53,12 +54,19 @@ def _rows(array: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
     return (array if rows is None else array[rows]).astype(np.float64)
 
 
-def _sgd(w: np.ndarray, g: Tracked, rate: float, count: np.ndarray) -> Tracked:
-    """w - rate g. SGD may add a row's occurrences one by one, rounding the row each time."""
+def _sgd(w: np.ndarray, g: Tracked, rate: float, count: np.ndarray, squares: np.ndarray) -> Tracked:
+    """w - rate g.
+
+    An engine may add a row's occurrences one by one, as Caffe2's ScatterWeightedSum does, and round the row each
+    time. Small additions of one sign are all rounded the same way, down to vanishing altogether, so these errors
+    add up: each is at most u |w|, and together at most what was to be added (sqrt(n sum v^2) >= sum |v|).
+    """
     step = rate * g.value
     new = w - step
-    times = count.reshape(-1, *(1,) * (w.ndim - 1))
-    return Tracked(new, rate**2 * g.variance + times * ROUND * (w**2 + new**2 + 2 * step**2))
+    n = count.reshape(-1, *(1,) * (w.ndim - 1))
+    one_by_one = np.minimum(n * U * np.maximum(np.abs(w), np.abs(new)), rate * np.sqrt(n * squares))
+    local = ROUND * (new**2 + 2 * step**2) + (one_by_one / C) ** 2
+    return Tracked(new, rate**2 * g.variance + local)
 
 
 def _moment(h: np.ndarray, g: Tracked) -> Tracked:

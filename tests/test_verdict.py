@@ -65,7 +65,7 @@ def test_merging_steps_keeps_the_worse_and_adds_the_elements():
 
 
 def rows(values, sigma=1e-6):
-    return RowGradient(np.array([2, 5]), np.array([1, 2]), tracked(values, sigma))
+    return RowGradient(np.array([2, 5]), np.array([1, 2]), np.square(values), tracked(values, sigma))
 
 
 def test_duplicates_of_a_sparse_gradient_are_summed_before_it_is_judged():
