@@ -142,16 +142,19 @@ class _Backward:
         return self._concatenate(blob, parts) if all(sparse) else self._sum(blob, parts)
 
     def _sum(self, blob: str, parts: Sequence[_Part]) -> str:
-        """In place in the first part that an operator made; the others are renamed."""
-        made = [part for part in parts if part.operator is not None]
-        handed_on = [part for part in parts if part.operator is None]
-        if any(part.gradient == grad(blob) for part in handed_on):
-            raise OperatorError(f"blob '{blob}': its gradients cannot be summed in '{grad(blob)}', which is also the "
+        """Into the first part that an operator made, which keeps its name; the others made are renamed."""
+        total = grad(blob)
+        if any(part.operator is None and part.gradient == total for part in parts):
+            raise OperatorError(f"blob '{blob}': its gradients cannot be summed in '{total}', which is also the "
                                 "gradient of another blob; avoid the operator that works in place")
-        for number, part in enumerate(made[1:]):
+        for number, part in enumerate([part for part in parts if part.operator is not None][1:]):
             part.rename(number)
-        self._emit([make_operator("Sum", [part.gradient for part in made + handed_on], [grad(blob)])])
-        return grad(blob)
+        names = [part.gradient for part in parts]
+        if total in names:  # Sum works in place on its first input alone
+            place = names.index(total)
+            names[0], names[place] = names[place], names[0]
+        self._emit([make_operator("Sum", names, [total])])
+        return total
 
     def _concatenate(self, blob: str, parts: Sequence[_Part]) -> Slice:
         for number, part in enumerate(parts):

@@ -1,13 +1,14 @@
-"""Genuine Caffe2 by its own Python API alone: a script for the legacy interpreter, and what calls it.
+"""Genuine Caffe2 through its own Python API, with no code of ours: a script for the legacy interpreter, and its caller.
 
-Usage: python legacy.py JOB.npz RESULT.npz. The job holds nets as bytes (`init`, `net`), `fetch` (blob names), and
-`feed:NAME` arrays; with `gradients_of`, Caffe2's AddGradientOperators extends the net by the gradients of its
-blob `loss`, and the result holds `GRADIENT:values` (and `:indices`) for each named blob. `runs` nets' outputs are
-those after so many runs.
+Usage: python legacy.py FOLDER. FOLDER/{number}.npz is a job, answered in FOLDER/{number}.result.npz.
 """
+
+from __future__ import annotations  # the script's Python is 3.7 to 3.9
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,53 +16,73 @@ import numpy as np
 PYTHON = Path(__file__).parents[1] / ".venv-caffe2" / "bin" / "python"
 
 
-def run(folder, net, feeds, fetch=(), init=None, gradients_of=(), runs=1):
-    """Run a NetDef (bytes, or an object that serializes) on genuine Caffe2 and no code of ours; arrays by name."""
-    job, result = folder / "job.npz", folder / "result.npz"
-    content = {f"feed:{name}": array for name, array in feeds.items()}
-    content |= {"net": np.frombuffer(net, np.uint8), "fetch": np.array(list(fetch), "U"), "runs": np.array(runs),
-                "gradients_of": np.array(list(gradients_of), "U")}
-    if init is not None:
-        content["init"] = np.frombuffer(init, np.uint8)
-    np.savez(job, **content)
-    done = subprocess.run([PYTHON, __file__, job, result], capture_output=True, text=True, timeout=300)
+@dataclass
+class Job:
+    """Run `init` once and `net` `runs` times, both serialized NetDefs, in a fresh workspace; fetch blobs.
+
+    With `gradients_of`, Caffe2's AddGradientOperators first extends the net by the gradients of its blob `loss`:
+    `NAME:values`, and `NAME:indices` for a slice, are in the result for each name.
+    """
+
+    net: bytes
+    feeds: dict[str, np.ndarray]
+    fetch: Sequence[str] = ()
+    init: bytes = b""
+    gradients_of: Sequence[str] = ()
+    runs: int = 1
+
+
+def run(folder: Path, *jobs: Job) -> list[dict[str, np.ndarray]]:
+    """The blobs of each job, by name."""
+    for number, job in enumerate(jobs):
+        feeds = {f"feed:{name}": array for name, array in job.feeds.items()}
+        np.savez(folder / f"{number}.npz", net=np.frombuffer(job.net, np.uint8), init=np.frombuffer(job.init, np.uint8),
+                 fetch=np.array(list(job.fetch), "U"), gradients_of=np.array(list(job.gradients_of), "U"),
+                 runs=np.array(job.runs), **feeds)
+    done = subprocess.run([PYTHON, __file__, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(result) as arrays:
-        return dict(arrays)
+    results = []
+    for number in range(len(jobs)):
+        with np.load(folder / f"{number}.result.npz") as arrays:
+            results.append(dict(arrays))
+    return results
 
 
-def main(job_path, result_path):
-    from caffe2.proto import caffe2_pb2
+def main(folder: Path) -> None:
     from caffe2.python import core, workspace
 
     core.GlobalInit(["caffe2", "--caffe2_log_level=3"])
-    job = np.load(job_path)
-    if "init" in job:
+    for path in sorted(folder.glob("*.npz")):
+        workspace.ResetWorkspace()
+        np.savez(path.with_suffix(".result.npz"), **_answer(np.load(path), core, workspace))
+
+
+def _answer(job, core, workspace):
+    from caffe2.proto import caffe2_pb2
+
+    if job["init"].size:
         workspace.RunNetOnce(caffe2_pb2.NetDef.FromString(job["init"].tobytes()))
     for key in job:
         if key.startswith("feed:"):
             workspace.FeedBlob(key[len("feed:"):], job[key])
     definition = caffe2_pb2.NetDef.FromString(job["net"].tobytes())
-    wanted = job["gradients_of"].tolist()
-    gradients = {}
+    wanted, gradients = job["gradients_of"].tolist(), {}
     if wanted:
-        del definition.external_output[:]
         net = core.Net(definition)
         gradients = net.AddGradientOperators(["loss"])
         definition = net.Proto()
     workspace.CreateNet(definition)
     for _ in range(int(job["runs"])):
         workspace.RunNet(definition.name)
-    result = {name: workspace.FetchBlob(name) for name in job["fetch"].tolist()}
+    blobs = {name: name for name in job["fetch"].tolist()}
     for name in wanted:
-        gradient = gradients[name]
-        if isinstance(gradient, core.GradientSlice):
-            result[name + ":indices"] = workspace.FetchBlob(gradient.indices)
-            result[name + ":values"] = workspace.FetchBlob(gradient.values)
+        if isinstance(gradients[name], core.GradientSlice):
+            blobs[f"{name}:indices"] = gradients[name].indices
+            blobs[f"{name}:values"] = gradients[name].values
         else:
-            result[name + ":values"] = workspace.FetchBlob(gradient)
-    np.savez(result_path, **result)
+            blobs[f"{name}:values"] = gradients[name]
+    return {name: workspace.FetchBlob(blob) for name, blob in blobs.items()}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))
