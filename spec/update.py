@@ -14,7 +14,8 @@ from spec.rounding import ROUND, UNDERFLOW, C, Tracked, U
 class Updated(NamedTuple):
     """New values of one tensor. `rows` lists the rows that they belong to; None means all of them.
 
-    Every other row keeps its bits. `kinks` counts the elements whose gradient's sign is undecided.
+    Every other row keeps its bits. `kinks` counts the elements whose step is undecided by half the learning
+    rate or more: an Adagrad's, where the sign of the gradient is.
     """
 
     rows: np.ndarray | None
@@ -45,7 +46,7 @@ def update(spec: ModelSpec, parameters: Arrays, state: Arrays, evaluation: Evalu
         rowwise = h.ndim < w.ndim
         new_h = _rowwise_moment(h, gradient) if rowwise else _moment(h, gradient)
         new_w = (_rowwise_step if rowwise else _adagrad_step)(w, h, new_h, gradient, rate, eps)
-        results[name] = Updated(rows, new_w, int(rounding.near(gradient, 0).sum()))
+        results[name] = Updated(rows, new_w, int((new_w.reach > rate / 2).sum()))
         results[moment] = Updated(rows, new_h)
     return results
 
