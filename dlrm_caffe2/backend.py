@@ -121,7 +121,12 @@ def _caffe2_available() -> Availability:
 
 
 def _aten(device: str) -> NetEngine:
+    import torch
+
     from dlrm_caffe2.engine.aten import AtenEngine
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda'", "a GPU that PyTorch can use", f"none in PyTorch {torch.__version__}",
+                         "use device cpu, or install a CUDA build of PyTorch")
     return AtenEngine(device)
 
 
@@ -163,5 +168,5 @@ class NetBackend:
 
 
 CAFFE2 = NetBackend("caffe2", _caffe2, _caffe2_available)
-ATEN = NetBackend("caffe2-aten", _aten, _needs("torch"))
+ATEN = NetBackend("caffe2-aten", _aten, _needs("torch"), devices=("cpu", "cuda"))
 ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"), trains=False)
