@@ -43,9 +43,9 @@ class Source:
     def size(self, low: int = 0, high: int = 5) -> int:
         return self.draw(st.integers(low, high))
 
-    def shape(self, low: int = 0, high: int = 3) -> tuple[int, ...]:
-        """A shape of low to high dimensions."""
-        return tuple(self.draw(st.lists(st.integers(0, 4), min_size=low, max_size=high)))
+    def shape(self, low: int = 0, high: int = 3, least: int = 0) -> tuple[int, ...]:
+        """A shape of low to high dimensions, each at least `least`."""
+        return tuple(self.draw(st.lists(st.integers(least, 4), min_size=low, max_size=high)))
 
     def choice(self, *options: Any) -> Any:
         return self.draw(st.sampled_from(options))
@@ -122,7 +122,7 @@ def _lookup(type: str) -> Callable[[Source], Case]:
         indices, lengths = s.bags(rows)
         weights = [s.floats(len(indices))] if "Weighted" in type else []
         options = {"grad_on_weights": s.choice(0, 1)} if weights else {}
-        return make_case(type, [s.floats(rows, *s.shape(0, 2)), *weights, indices, lengths], **options)
+        return make_case(type, [s.floats(rows, *s.shape(0, 2, least=1)), *weights, indices, lengths], **options)
     return build
 
 
@@ -344,7 +344,7 @@ def _adagrad(s: Source) -> Case:
 
 def _sparse_adagrad(type: str) -> Callable[[Source], Case]:
     def build(s: Source) -> Case:
-        rows, row = s.size(1), s.shape(0, 2)
+        rows, row = s.size(1), s.shape(0, 2, least=1)  # Caffe2 divides by the size of a row
         indices = s.indices(s.size(), rows)
         if s.choice(True, False):
             indices = np.unique(indices)

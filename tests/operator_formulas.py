@@ -5,7 +5,7 @@ the greatest error, in units of u = 2^-24, that float32 arithmetic in any order 
 roundings times the same expression on absolute values. 0 means exact: what only moves data, or whole numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -172,6 +172,12 @@ def _distance(node: Node, x, y) -> list[Output]:
     return [(squares.sum(1) / 2, (squares.shape[1] + 2) * squares.sum(1) / 2)]
 
 
+def _expanded_distance(node: Node, x, y) -> list[Output]:
+    """As Caffe2 computes it (measured): x^2 - 2 x y + y^2, which loses the digits that x and y share."""
+    gauge = _flat((abs(x) + abs(y)) ** 2, 1)
+    return [(_flat((x - y) ** 2, 1).sum(1) / 2, (gauge.shape[1] + 3) * gauge.sum(1) / 2)]
+
+
 def _distance_back(node: Node, x, y, dz) -> list[Output]:
     dx = _column(dz, x) * (x - y)
     return [(dx, 2 * abs(dx)), (-dx, 2 * abs(dx))]
@@ -325,8 +331,11 @@ FORMULAS: dict[str, Callable[..., list[Output]]] = {
     "LearningRate": lambda node, counter: [(np.float64(node.args["base_lr"]), 0)],
 }
 
+FORMULAS_OF_CAFFE2 = FORMULAS | {"SquaredL2Distance": _expanded_distance}
+"""Where Caffe2 rounds more than the obvious order does."""
 
-def formula(node: Node, inputs: Sequence[np.ndarray]) -> list[Output]:
+
+def formula(node: Node, inputs: Sequence[np.ndarray], formulas: Mapping = FORMULAS) -> list[Output]:
     """The outputs of an operator, float32 inputs taken as the float64 numbers that they are."""
     exact = [x.astype(np.float64) if x.dtype == np.float32 else x for x in inputs]
-    return FORMULAS[node.type](node, *exact)
+    return formulas[node.type](node, *exact)

@@ -80,6 +80,7 @@ _LOOKUP = [
           ("int16 indices", _TABLE, i64(0, 1).astype(np.int16), i32(2)),
           ("a matrix of lengths", _TABLE, i64(0, 1), i32(2).reshape(1, 1)),
           ("a matrix of indices", _TABLE, i64(0, 1).reshape(2, 1), i32(2)),
+          ("rows without elements", f32(5, 0), i64(0, 1), i32(2)),
           ("a table of float64", _TABLE.astype(np.float64), i64(0, 1), i32(2)),
       ]),
     refused("too many weights", "SparseLengthsWeightedSum", [_TABLE, f32(3), i64(0, 1), i32(2)]),

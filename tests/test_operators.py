@@ -1,18 +1,25 @@
 """Every Operator record on its own: its ATen kernel, its type rule, what it refuses, its gradient maker."""
 
+import json
+import subprocess
+from collections.abc import Mapping
+
+import legacy
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operator_cases import GENERATORS, Case, cases
-from operator_formulas import FORMULAS, formula
+from operator_formulas import FORMULAS, FORMULAS_OF_CAFFE2, formula
 from operator_refusals import REFUSALS, Refusal
 
+from dlrm_caffe2.engine import NetEngine
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.operators import OperatorError, read, records
 from dlrm_caffe2.operators.record import GradientOps, Slice, TensorType
 from dlrm_caffe2.operators.rules import no_gradient
-from dlrm_caffe2.proto.caffe2_pb2 import OperatorDef
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
+from spec.errors import EngineError
 
 torch = pytest.importorskip("torch")
 
@@ -47,9 +54,9 @@ def run_aten(case: Case) -> list[np.ndarray]:
     return [output.numpy() for output in outputs]
 
 
-def judge(case: Case, outputs: list[np.ndarray]) -> None:
+def judge(case: Case, outputs: list[np.ndarray], formulas: Mapping = FORMULAS) -> None:
     """Every output against its formula in float64, within the roundings that float32 must make."""
-    expected = formula(read(case.definition), case.inputs)
+    expected = formula(read(case.definition), case.inputs, formulas)
     assert len(outputs) == len(expected)
     for number, (output, (value, error)) in enumerate(zip(outputs, expected, strict=True)):
         assert output.shape == np.shape(value), f"output {number}"
@@ -189,3 +196,84 @@ FORWARD = [
 
 def test_every_gradient_maker_is_compared_with_caffe2():
     assert {definition.type for definition in FORWARD} == set(DIFFERENTIABLE)
+
+
+@pytest.fixture(scope="module")
+def genuine():
+    """The engine `caffe2`, or a skip that says why not."""
+    from dlrm_caffe2.engine.install import availability
+
+    state = availability()
+    if not state.ok:
+        pytest.skip(f"{state.reason}; {state.remedy}")
+    from dlrm_caffe2.engine.caffe2 import Caffe2Engine
+
+    engine = Caffe2Engine()
+    yield engine
+    engine.close()
+
+
+def run_genuine(engine: NetEngine, case: Case) -> list[np.ndarray]:
+    engine.feed(case.blobs)
+    engine.run_once(NetDef(name="case", op=[case.definition]))
+    fetched = engine.fetch(tuple(case.definition.output))
+    return [fetched[name] for name in case.definition.output]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("type", sorted(records()))
+@EXAMPLES
+@given(data=st.data())
+def test_kernel_agrees_with_caffe2(genuine: NetEngine, type: str, data: st.DataObject):
+    """Both within the bound of the formula; the same bits where nothing is rounded; the same types and shapes."""
+    case = data.draw(cases(type))
+    ours, theirs = run_aten(case), run_genuine(genuine, case)
+    judge(case, theirs, FORMULAS_OF_CAFFE2)
+    judge(case, ours)
+    for our, their, (_, error) in zip(ours, theirs, formula(read(case.definition), case.inputs), strict=True):
+        assert (our.dtype, our.shape) == (their.dtype, their.shape)
+        if not np.any(error):
+            np.testing.assert_array_equal(our, their)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("refusal", [refusal for refusal in REFUSALS if not refusal.here_only], ids=str)
+def test_caffe2_refuses_the_same(genuine: NetEngine, refusal: Refusal):
+    with pytest.raises(EngineError):
+        run_genuine(genuine, refusal.case)
+
+
+GRADIENTS_OF_CAFFE2 = """
+import json, sys
+from caffe2.proto import caffe2_pb2
+from caffe2.python import core
+
+for line in sys.stdin:
+    definition, outputs = json.loads(line)
+    definition = caffe2_pb2.OperatorDef.FromString(bytes.fromhex(definition))
+    operators, gradients = core.GradientRegistry.GetGradientForOp(definition, outputs)
+    print(json.dumps([[op.SerializeToString().hex() for op in operators], gradients]))
+"""
+
+
+def signature(operator: OperatorDef) -> tuple:
+    arguments = sorted(argument.SerializeToString() for argument in operator.arg)
+    return operator.type, list(operator.input), list(operator.output), arguments, operator.is_gradient_op
+
+
+@pytest.mark.engine
+def test_gradient_makers_emit_what_caffe2_emits(genuine: NetEngine):
+    asked = "\n".join(json.dumps([definition.SerializeToString().hex(), output_gradients(definition)])
+                      for definition in FORWARD)
+    done = subprocess.run([legacy.PYTHON, "-c", GRADIENTS_OF_CAFFE2], input=asked, capture_output=True, text=True,
+                          timeout=120, check=True)
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(FORWARD)
+    for definition, answer in zip(FORWARD, answers, strict=True):
+        theirs, gradients = json.loads(answer)
+        made = make_gradient(definition)
+        assert [signature(ours) for ours in made.operators] == [
+            signature(OperatorDef.FromString(bytes.fromhex(text))) for text in theirs], definition
+        ours = [list(gradient) if isinstance(gradient, Slice) else gradient for gradient in made.gradients]
+        padding = [None] * (len(ours) - len(gradients))  # Caffe2 leaves out trailing inputs that get none
+        assert ours == gradients + padding, definition

@@ -68,6 +68,7 @@ def _sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     weighted = len(inputs) == 4
     expect_dtype(node, inputs, FLOAT, at=[0, 1] if weighted else [0])
     expect_rank(node, inputs, 0, 1)
+    node.require(math.prod(inputs[0].shape[1:]) > 0, f"the rows of the table {inputs[0]} have no elements")
     _expect_bags(node, inputs, len(inputs) - 2, len(inputs) - 1)
     if weighted:
         expect_shape(node, inputs, 1, inputs[2].shape)

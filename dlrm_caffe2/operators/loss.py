@@ -151,7 +151,10 @@ def _distance_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType
 
 
 def _distance_aten(node: Node, x, y):
-    """Half the sum, over all dimensions but the first, of (x - y)^2."""
+    """Half the sum, over all dimensions but the first, of (x - y)^2.
+
+    Caffe2 expands the square (x^2 - 2xy + y^2), which is less accurate where x is near y; this does not.
+    """
     difference = (x - y).reshape(len(x), math.prod(x.shape[1:]))
     return 0.5 * (difference * difference).sum(1)
 
