@@ -1,0 +1,106 @@
+"""The embedded engine and the validity check of nets."""
+
+import numpy as np
+import pytest
+
+from dlrm_caffe2.check import check_net
+from dlrm_caffe2.engine.aten import AtenEngine
+from dlrm_caffe2.net import make_operator
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
+from spec.errors import EngineError
+
+
+def net(*operators: OperatorDef, name: str = "net", **fields) -> NetDef:
+    return NetDef(name=name, op=operators, **fields)
+
+
+DOUBLE = make_operator("Scale", ["x"], ["y"], scale=2.0)
+COUNT = make_operator("Iter", ["it"], ["it"])
+
+
+@pytest.fixture
+def engine():
+    engine = AtenEngine()
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    (net(DOUBLE, name=""), "name"),
+    (net(DOUBLE, make_operator("Softmax", ["y"], ["z"])), r"net 'net', operator 1 \(Softmax\): .*expected one of"),
+    (net(make_operator("Relu", ["x", "x"], ["y"])), r"operator 0 \(Relu\): .*inputs"),
+    (net(make_operator("Relu", ["absent"], ["y"])), r"operator 0 \(Relu\): input 'absent'"),
+    (net(make_operator("Relu", ["y"], ["z"]), DOUBLE), r"operator 0 \(Relu\): input 'y'"),
+    (net(DOUBLE, external_input=["it"]), r"operator 0 \(Scale\): input 'x' .*external_input"),
+    (net(DOUBLE, external_output=["y", "z"]), "external output 'z'"),
+])
+def test_invalid_net(engine: AtenEngine, bad: NetDef, message: str):
+    engine.feed({"x": np.ones(2, np.float32)})
+    for use in (lambda: check_net(bad, {"x"}), lambda: engine.create(bad), lambda: engine.run_once(bad)):
+        with pytest.raises(EngineError, match=message):
+            use()
+
+
+def test_valid_net_needs_no_engine():
+    good = net(DOUBLE, make_operator("Relu", ["y"], ["z"]), external_input=["x"], external_output=["z"])
+    assert [node.type for node in check_net(good, good.external_input)] == ["Scale", "Relu"]
+
+
+def test_kept_net_runs_again_and_again(engine: AtenEngine):
+    engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
+    engine.create(net(DOUBLE, COUNT))
+    for step in (1, 2):
+        fetched = engine.run("net", {"x": np.full(step, 3, np.float32)}, ["y", "it"])  # the batch may grow
+        np.testing.assert_array_equal(fetched["y"], np.full(step, 6, np.float32))
+        assert fetched["it"] == step
+    with pytest.raises(EngineError, match="'net' exists already"):
+        engine.create(net(DOUBLE))
+
+
+def test_error_names_net_operator_and_blobs_and_the_engine_stays_usable(engine: AtenEngine):
+    engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
+    engine.create(net(COUNT, DOUBLE))
+    with pytest.raises(EngineError, match=r"net 'net', operator 1 \(Scale\): Scale\(x\) -> y: .*int64"):
+        engine.run("net", {"x": np.zeros(2, np.int64)})
+    np.testing.assert_array_equal(engine.run("net", {"x": np.ones(1, np.float32)}, ["y"])["y"], [2])
+
+
+def test_feed_and_fetch_copy(engine: AtenEngine):
+    fed, big_endian = np.zeros(2, np.float32), np.arange(3, dtype=">i8")
+    engine.feed({"x": fed, "big": big_endian, "transposed": np.arange(6).reshape(2, 3).T})
+    fed[:] = 1
+    engine.fetch(["x"])["x"][:] = 2
+    np.testing.assert_array_equal(engine.fetch(["x"])["x"], [0, 0])
+    np.testing.assert_array_equal(engine.fetch(["big"])["big"], [0, 1, 2])
+    np.testing.assert_array_equal(engine.fetch(["transposed"])["transposed"], np.arange(6).reshape(2, 3).T)
+
+
+def test_missing_blob_net_and_unknown_dtype(engine: AtenEngine):
+    with pytest.raises(EngineError, match="blob 'nowhere'"):
+        engine.fetch(["nowhere"])
+    with pytest.raises(EngineError, match="net 'nowhere'"):
+        engine.run("nowhere", {})
+    with pytest.raises(EngineError, match="blob 'text'"):
+        engine.feed({"text": np.array(["a"])})
+
+
+def test_profile_times_each_operator_type_and_runs_once(engine: AtenEngine):
+    engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
+    engine.create(net(DOUBLE, make_operator("Scale", ["y"], ["z"], scale=2.0), COUNT))
+    seconds = engine.profile("net", {"x": np.ones(2, np.float32)})
+    assert set(seconds) == {"Scale", "Iter"} and all(value > 0 for value in seconds.values())
+    assert engine.fetch(["it"])["it"] == 1
+
+
+def test_close_frees_everything_and_may_be_repeated(engine: AtenEngine):
+    engine.feed({"x": np.zeros(2, np.float32)})
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="blob 'x'"):
+        engine.fetch(["x"])
+
+
+def test_description_names_what_runs(engine: AtenEngine):
+    torch = pytest.importorskip("torch")
+    assert engine.description == (f"ATen kernels of PyTorch {torch.__version__}, cpu, "
+                                  f"{torch.get_num_threads()} threads")
