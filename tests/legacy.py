@@ -5,6 +5,7 @@ Usage: python legacy.py FOLDER. FOLDER/{number}.npz is a job, answered in FOLDER
 
 from __future__ import annotations  # the script's Python is 3.7 to 3.9
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-PYTHON = Path(__file__).parents[1] / ".venv-caffe2" / "bin" / "python"
 
 
 @dataclass
@@ -33,13 +32,18 @@ class Job:
 
 
 def run(folder: Path, *jobs: Job) -> list[dict[str, np.ndarray]]:
-    """The blobs of each job, by name."""
+    """The blobs of each job, by name. One thread, and the code path of MKL that the engine `caffe2` asks for."""
+    from dlrm_caffe2.engine.blas import current_settings
+    from dlrm_caffe2.engine.install import check_installed, interpreter
+
+    environment = os.environ | {setting.variable: setting.value for setting in current_settings()}
     for number, job in enumerate(jobs):
         feeds = {f"feed:{name}": array for name, array in job.feeds.items()}
         np.savez(folder / f"{number}.npz", net=np.frombuffer(job.net, np.uint8), init=np.frombuffer(job.init, np.uint8),
                  fetch=np.array(list(job.fetch), "U"), gradients_of=np.array(list(job.gradients_of), "U"),
                  runs=np.array(job.runs), **feeds)
-    done = subprocess.run([PYTHON, __file__, folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([interpreter(check_installed()), __file__, folder], capture_output=True, text=True, timeout=300,
+                          env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = []
     for number in range(len(jobs)):

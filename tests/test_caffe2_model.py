@@ -320,8 +320,9 @@ def test_importing_the_backends_loads_no_framework():
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_files_run_on_genuine_caffe2_alone(tmp_path, kind):
+def test_the_files_run_on_genuine_caffe2_alone(tmp_path, monkeypatch, kind):
     """Loaded with its own caffe2_pb2, run in its own workspace: the bits of our backend."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the bits of a matrix product depend on it
     backend, spec = caffe2_or_skip(), under(kind)
     batch, parameters = batch_of(spec), initial_parameters(spec)
     content = {}

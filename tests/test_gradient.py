@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dlrm_caffe2.engine.aten import AtenEngine
+from dlrm_caffe2.engine.install import availability
 from dlrm_caffe2.gradient import add_gradients
 from dlrm_caffe2.model import gradient_net, init_net, trace_blobs
 from dlrm_caffe2.net import make_operator as op
@@ -18,7 +19,8 @@ from spec.tensors import activation_gradients
 from spec.toml import load, preset_names
 
 FLOAT = np.float32
-genuine = pytest.mark.skipif(not legacy.PYTHON.exists(), reason="genuine Caffe2 is not installed: dlrm engine install")
+INSTALLED = availability()
+genuine = pytest.mark.skipif(not INSTALLED.ok, reason=f"{INSTALLED.reason}: {INSTALLED.remedy}")
 
 
 def net_of(*operators):
