@@ -65,7 +65,9 @@ def availability() -> Availability:
     path = venv_path()
     if _marked(path):
         return Availability(True)
-    return Availability(False, _unsupported() or f"genuine Caffe2 is not installed in {path}", INSTALL)
+    if _unsupported():
+        return Availability(False, _unsupported(), "use a machine with Linux on x86_64")
+    return Availability(False, f"genuine Caffe2 is not installed in {path}", INSTALL)
 
 
 def check_installed() -> Path:
