@@ -69,6 +69,8 @@ class _Backward:
         self.wanted = dict.fromkeys(wanted)  # a set that keeps the order
         self.operators: list[OperatorDef] = []
         self.parts: defaultdict[Version, list[_Part]] = defaultdict(list)
+        self.kept: set[str] = set()
+        """Gradient blobs that hold what several blobs, or the caller, will read: complete, and not to be written."""
         self.versions: Counter[str] = Counter()
         self.steps: list[_Step] = []
         self.active: set[Version] = {(blob, 0) for blob in wanted}
@@ -98,6 +100,8 @@ class _Backward:
         for step in reversed(self.steps):
             outputs = [self._accumulate(version) for version in step.outputs]
             gradients.update(zip(step.outputs, outputs, strict=True))
+            self.kept.update(gradient for (blob, _), gradient in zip(step.outputs, outputs, strict=True)
+                             if blob in self.wanted and isinstance(gradient, str))
             if any(outputs) and self.active.intersection(step.inputs):
                 self._differentiate(step, outputs)
         found: dict[str, str | Slice] = {}
@@ -127,7 +131,11 @@ class _Backward:
         for version, gradient in active:
             # An operator that reads a blob twice makes two gradients of one name, in the order of its inputs.
             places = writers[_values(gradient)]
-            self.parts[version].append(_Part(gradient, *places.pop(0)) if places else _Part(gradient))
+            if places:
+                self.parts[version].append(_Part(gradient, *places.pop(0)))
+            else:
+                self.parts[version].append(_Part(gradient))
+                self.kept.add(_values(gradient))
 
     def _accumulate(self, version: Version) -> Gradient:
         """One gradient of all the parts that a blob has got by now."""
@@ -144,9 +152,6 @@ class _Backward:
     def _sum(self, blob: str, parts: Sequence[_Part]) -> str:
         """Into the first part that an operator made, which keeps its name; the others made are renamed."""
         total = grad(blob)
-        if any(part.operator is None and part.gradient == total for part in parts):
-            raise OperatorError(f"blob '{blob}': its gradients cannot be summed in '{total}', which is also the "
-                                "gradient of another blob; avoid the operator that works in place")
         for number, part in enumerate([part for part in parts if part.operator is not None][1:]):
             part.rename(number)
         names = [part.gradient for part in parts]
@@ -170,6 +175,9 @@ class _Backward:
                 if name in self.forward_blobs:
                     raise InputError(f"blob '{name}'", "a name that no gradient has", "it is a gradient's name",
                                      "rename the blob")
+                if name in self.kept:
+                    raise OperatorError(f"blob '{name}': a gradient that is still needed would be overwritten by that "
+                                        "of an earlier version of the same blob; write no blob twice")
         self.operators += operators
 
     def _check_versions(self, step: _Step, operators: Sequence[OperatorDef]) -> None:

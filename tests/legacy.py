@@ -42,8 +42,8 @@ def run(folder: Path, *jobs: Job) -> list[dict[str, np.ndarray]]:
         np.savez(folder / f"{number}.npz", net=np.frombuffer(job.net, np.uint8), init=np.frombuffer(job.init, np.uint8),
                  fetch=np.array(list(job.fetch), "U"), gradients_of=np.array(list(job.gradients_of), "U"),
                  runs=np.array(job.runs), **feeds)
-    done = subprocess.run([interpreter(check_installed()), __file__, folder], capture_output=True, text=True, timeout=300,
-                          env=environment)
+    command = [interpreter(check_installed()), __file__, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = []
     for number in range(len(jobs)):

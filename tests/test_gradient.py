@@ -166,12 +166,17 @@ def test_errors_name_the_place_and_leave_the_net_alone(operators, wanted, error,
     assert signatures(net) == signatures(net_of(*operators))
 
 
-def test_a_sum_in_place_whose_gradient_two_blobs_share():
-    """y_grad is handed on to the first y; summing into it would also change the gradient of x."""
-    net = net_of(op("Sigmoid", ["w"], ["y"]), op("Relu", ["y"], ["z"]), op("Sum", ["y", "x"], ["y"]),
-                 op("Mul", ["y", "z"], ["p"]), op("AveragedLoss", ["p"], ["loss"]))
-    with pytest.raises(OperatorError, match="blob 'y': its gradients cannot be summed in 'y_grad'"):
-        add_gradients(net, "loss", ["w", "x"])
+@pytest.mark.parametrize("operators, wanted", [
+    ([op("Sigmoid", ["w"], ["y"]), op("Scale", ["y"], ["z"]), op("Sum", ["y", "x"], ["y"]), op("Mul", ["y", "z"], ["p"]),
+      op("AveragedLoss", ["p"], ["loss"])], ["w", "x"]),
+    ([op("Copy", ["w"], ["y"]), op("Scale", ["y"], ["y"], scale=3.0), op("Sum", ["y", "x"], ["y"]),
+      op("AveragedLoss", ["y"], ["loss"])], ["w", "x"]),
+    ([op("Copy", ["w"], ["y"]), op("Scale", ["y"], ["y"], scale=3.0), op("AveragedLoss", ["y"], ["loss"])], ["w", "y"]),
+], ids=["summed into", "scaled", "asked for"])
+def test_a_gradient_that_is_still_needed_is_not_overwritten(operators, wanted):
+    """y_grad is handed on to x as well, or asked for, before the gradient of an earlier y takes its name."""
+    with pytest.raises(OperatorError, match="blob 'y_grad': a gradient that is still needed would be overwritten"):
+        add_gradients(net_of(*operators), "loss", wanted)
 
 
 VARIANTS = {
