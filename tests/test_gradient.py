@@ -167,8 +167,8 @@ def test_errors_name_the_place_and_leave_the_net_alone(operators, wanted, error,
 
 
 @pytest.mark.parametrize("operators, wanted", [
-    ([op("Sigmoid", ["w"], ["y"]), op("Scale", ["y"], ["z"]), op("Sum", ["y", "x"], ["y"]), op("Mul", ["y", "z"], ["p"]),
-      op("AveragedLoss", ["p"], ["loss"])], ["w", "x"]),
+    ([op("Sigmoid", ["w"], ["y"]), op("Scale", ["y"], ["z"]), op("Sum", ["y", "x"], ["y"]),
+      op("Mul", ["y", "z"], ["p"]), op("AveragedLoss", ["p"], ["loss"])], ["w", "x"]),
     ([op("Copy", ["w"], ["y"]), op("Scale", ["y"], ["y"], scale=3.0), op("Sum", ["y", "x"], ["y"]),
       op("AveragedLoss", ["y"], ["loss"])], ["w", "x"]),
     ([op("Copy", ["w"], ["y"]), op("Scale", ["y"], ["y"], scale=3.0), op("AveragedLoss", ["y"], ["loss"])], ["w", "y"]),
