@@ -6,6 +6,7 @@ A kernel is stricter than Caffe2's own where that reads outside a tensor or sile
 import math
 from collections.abc import Sequence
 
+from dlrm_caffe2.operators.lowering import function, simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
     Arg,
@@ -48,6 +49,21 @@ def _fc_aten(node: Node, x, w, b):
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
     return torch.addmm(b, x_MK, w_NK.T).reshape(*x.shape[:node.args["axis"]], len(b))
+
+
+def _fc_onnx(node: Node, ranks: Sequence[int]) -> str:
+    axis, axis_w = (node.args[argument] % rank for argument, rank in zip(("axis", "axis_w"), ranks, strict=False))
+    if (axis, axis_w, *ranks[:2]) == (1, 1, 2, 2):
+        return function(node, "XWb", "Y", "Y = Gemm<transB = 1>(X, W, b)")
+    return function(node, "XWb", "Y", f"""
+        x = Flatten<axis = {axis}>(X)
+        w = Flatten<axis = {axis_w}>(W)
+        y = Gemm<transB = 1>(x, w, b)
+        leading = Shape<end = {axis}>(X)
+        n = Shape(b)
+        shape = Concat<axis = 0>(leading, n)
+        Y = Reshape<allowzero = 1>(y, shape)
+    """, variant=["rank", *ranks[:2], "axis", axis, axis_w])
 
 
 def _fc_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
@@ -95,6 +111,18 @@ def _bmm_aten(node: Node, a, b):
     return torch.matmul(a.mT if node.args["trans_a"] else a, b.mT if node.args["trans_b"] else b)
 
 
+def _bmm_onnx(node: Node, ranks: Sequence[int]) -> str:
+    rank = ranks[0]
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    operand = {False: "Identity({})", True: f"Transpose<perm = {swapped}>({{}})"}
+    flags = [flag for flag in ("trans_a", "trans_b") if node.args[flag]]
+    return function(node, "AB", "Y", f"""
+        a = {operand["trans_a" in flags].format("A")}
+        b = {operand["trans_b" in flags].format("B")}
+        Y = MatMul(a, b)
+    """, variant=[*flags, *(("rank", rank) if rank != 3 else ())])
+
+
 def _bmm_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     (a, b), dy = node.inputs, dense(node, outputs[0])
     trans_a, trans_b = bool(node.args["trans_a"]), bool(node.args["trans_b"])
@@ -138,16 +166,27 @@ def _sigmoid_gradient_aten(node: Node, y, dy):
     return dy * y * (1 - y)
 
 
+# Not ONNX's Sigmoid: ONNX Runtime's is good to 1e-7 in absolute terms only, 100 % off at -18.
+_SIGMOID = """
+    one = Constant<value_float = 1.0>()
+    negative = Neg(X)
+    power = Exp(negative)
+    sum = Add(one, power)
+    Y = Reciprocal(sum)
+"""
+
 _AXES = {"axis": Arg("i", 1), "axis_w": Arg("i", 1)}
 _TRANSPOSED = {"trans_a": Arg("i", 0), "trans_b": Arg("i", 0)}
 
 OPERATORS = [
-    Operator("FC", (3, 3), (1, 1), _fc_infer, _fc_aten, _AXES, _fc_gradient),
+    Operator("FC", (3, 3), (1, 1), _fc_infer, _fc_aten, _AXES, _fc_gradient, _fc_onnx),
     Operator("FCGradient", (3, 3), (2, 3), _fc_gradient_infer, _fc_gradient_aten, _AXES),
-    Operator("BatchMatMul", (2, 2), (1, 1), _bmm_infer, _bmm_aten, _TRANSPOSED, _bmm_gradient),
-    Operator("Relu", (1, 1), (1, 1), same_as_input(), _relu_aten, gradient=_activation_gradient("ReluGradient")),
+    Operator("BatchMatMul", (2, 2), (1, 1), _bmm_infer, _bmm_aten, _TRANSPOSED, _bmm_gradient,
+             _bmm_onnx),
+    Operator("Relu", (1, 1), (1, 1), same_as_input(), _relu_aten, gradient=_activation_gradient("ReluGradient"),
+             onnx=simple("X", "Y = Relu(X)")),
     Operator("ReluGradient", (2, 2), (1, 1), same_as_input(), _relu_gradient_aten),
     Operator("Sigmoid", (1, 1), (1, 1), same_as_input(), _sigmoid_aten,
-             gradient=_activation_gradient("SigmoidGradient")),
+             gradient=_activation_gradient("SigmoidGradient"), onnx=simple("X", _SIGMOID)),
     Operator("SigmoidGradient", (2, 2), (1, 1), same_as_input(), _sigmoid_gradient_aten),
 ]

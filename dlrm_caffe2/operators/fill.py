@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlrm_caffe2.net import DTYPES
+from dlrm_caffe2.operators.lowering import function, onnx_type
 from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, Arg, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import no_gradient
 
@@ -41,6 +42,18 @@ def _constant_aten(node: Node, like=None):
     return torch.full(_shape(node), value, dtype=dtype) if like is None else torch.full_like(like, value, dtype=dtype)
 
 
+def _constant_onnx(node: Node, ranks: Sequence[int]) -> str:
+    dtype, value, like = _constant_dtype(node), node.args["value"], bool(ranks)
+    kind = "float" if isinstance(value, float) else "int"
+    attributes = [*(["value"] if value is not None else []), *([] if like else ["shape"])]
+    return function(node, ["X"] if like else [], "Y", f"""
+        given = Constant<{"value_int = 0" if value is None else f"value_{kind}: {kind} = @value"}>()
+        value = Cast<to = {onnx_type(dtype)}>(given)
+        shape = {"Shape(X)" if like else "Constant<value_ints: ints = @shape>()"}
+        Y = Expand(value, shape)
+    """, attributes=attributes, variant=[dtype, *(["zero"] if value is None else []), *(["like"] if like else [])])
+
+
 def _given_infer(dtype: np.dtype):
     def infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
         shape, values = _shape(node), node.args["values"]
@@ -61,14 +74,27 @@ def _given_aten(dtype: np.dtype):
     return aten
 
 
+def _given_onnx(dtype: np.dtype, field: str):
+    def onnx(node: Node, ranks: Sequence[int]) -> str:
+        return function(node, [], "Y", f"""
+            given = Constant<value_{field}: {field} = @values>()
+            values = Cast<to = {onnx_type(dtype)}>(given)
+            shape = Constant<value_ints: ints = @shape>()
+            Y = Reshape<allowzero = 1>(values, shape)
+        """, attributes=["values", "shape"])
+    return onnx
+
+
 def _given(type: str, dtype: np.dtype, field: str) -> Operator:
     return Operator(type, (0, 0), (1, 1), _given_infer(dtype), _given_aten(dtype),
-                    {"values": Arg(field, required=True), "shape": Arg("ints", ())}, no_gradient)
+                    {"values": Arg(field, required=True), "shape": Arg("ints", ())}, no_gradient,
+                    _given_onnx(dtype, field))
 
 
 OPERATORS = [
     Operator("ConstantFill", (0, 1), (1, 1), _constant_infer, _constant_aten,
-             {"value": Arg("f|i"), "dtype": Arg("i"), "shape": Arg("ints", ())}, no_gradient),
+             {"value": Arg("f|i"), "dtype": Arg("i"), "shape": Arg("ints", ())}, no_gradient,
+             _constant_onnx),
     _given("GivenTensorFill", FLOAT, "floats"),
     _given("GivenTensorInt64Fill", INT64, "ints"),
     _given("GivenTensorIntFill", INT32, "ints"),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlrm_caffe2.operators.lowering import simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
     INT32,
@@ -262,22 +263,88 @@ def _average_gradient_aten(node: Node, x, dy):
     return (dy.reshape(()) / max(x.numel(), 1)).expand(x.shape).clone(memory_format=torch.contiguous_format)
 
 
+_TWO_CLASS = """
+    one = Constant<value_float = 1.0>()
+    last = Constant<value_ints = [-1]>()
+    rest = Sub(one, X)
+    first_class = Unsqueeze(rest, last)
+    second_class = Unsqueeze(X, last)
+    Y = Concat<axis = -1>(first_class, second_class)
+"""
+_LABEL = f"""
+    column = Constant<value_ints = [-1, 1]>()
+    axis = Constant<value_ints = [1]>()
+    floor = Constant<value_float = {LOG_FLOOR}>()
+    x_NC = Flatten(X)
+    label_int64 = Cast<to = 7>(label)
+    label_N1 = Reshape(label_int64, column)
+    chosen_N1 = GatherElements<axis = 1>(x_NC, label_N1)
+    chosen = Squeeze(chosen_N1, axis)
+    probability = Max(chosen, floor)
+    log = Log(probability)
+    Y = Neg(log)
+"""
+_LOGITS = """
+    zero = Constant<value_float = 0.0>()
+    one = Constant<value_float = 1.0>()
+    last = Constant<value_ints = [-1]>()
+    above = GreaterOrEqual(X, zero)
+    sign = Cast<to = 1>(above)
+    difference = Sub(sign, t)
+    linear = Mul(X, difference)
+    magnitude = Abs(X)
+    negative = Neg(magnitude)
+    power = Exp(negative)
+    sum = Add(one, power)
+    log = Log(sum)
+    loss = Add(linear, log)
+    Y = ReduceMean<keepdims = 0>(loss, last)
+"""
+_DISTANCE = """
+    half = Constant<value_float = 0.5>()
+    axis = Constant<value_ints = [1]>()
+    difference = Sub(X, T)
+    matrix = Flatten(difference)
+    square = Mul(matrix, matrix)
+    sum = ReduceSum<keepdims = 0>(square, axis)
+    Y = Mul(half, sum)
+"""
+_CLIP = """
+    least = Constant<value_float: float = @min>()
+    greatest = Constant<value_float: float = @max>()
+    Y = Clip(X, least, greatest)
+"""
+_AVERAGE = """
+    one = Constant<value_int = 1>()
+    sum = ReduceSum<keepdims = 0>(X)
+    size = Size(X)
+    divisor = Max(size, one)
+    divisor_float = Cast<to = 1>(divisor)
+    Y = Div(sum, divisor_float)
+"""
+
 _BOUNDS = {"min": Arg("f", -_LARGEST), "max": Arg("f", _LARGEST)}
 
 OPERATORS = [
-    Operator("MakeTwoClass", (1, 1), (1, 1), _two_class_infer, _two_class_aten, gradient=_two_class_gradient),
+    Operator("MakeTwoClass", (1, 1), (1, 1), _two_class_infer, _two_class_aten, gradient=_two_class_gradient,
+             onnx=simple("X", _TWO_CLASS)),
     Operator("MakeTwoClassGradient", (1, 1), (1, 1), _two_class_gradient_infer, _two_class_gradient_aten),
-    Operator("LabelCrossEntropy", (2, 2), (1, 1), _label_infer, _label_aten, gradient=_label_gradient),
+    Operator("LabelCrossEntropy", (2, 2), (1, 1), _label_infer, _label_aten, gradient=_label_gradient,
+             onnx=simple("X, label", _LABEL)),
     Operator("LabelCrossEntropyGradient", (3, 3), (1, 1), _label_gradient_infer, _label_gradient_aten),
     Operator("SigmoidCrossEntropyWithLogits", (2, 2), (1, 1), _logits_infer, _logits_aten,
-             gradient=_logits_gradient),
+             gradient=_logits_gradient, onnx=simple("X, t", _LOGITS)),
     Operator("SigmoidCrossEntropyWithLogitsGradient", (3, 3), (1, 1), _logits_gradient_infer, _logits_gradient_aten),
-    Operator("SquaredL2Distance", (2, 2), (1, 1), _distance_infer, _distance_aten, gradient=_distance_gradient),
+    Operator("SquaredL2Distance", (2, 2), (1, 1), _distance_infer, _distance_aten, gradient=_distance_gradient,
+             onnx=simple("X, T", _DISTANCE)),
     Operator("SquaredL2DistanceGradient", (3, 3), (2, 2), _distance_gradient_infer, _distance_gradient_aten),
-    Operator("Clip", (1, 1), (1, 1), same_as_input(), _clip_aten, _BOUNDS, _clip_gradient),
+    Operator("Clip", (1, 1), (1, 1), same_as_input(), _clip_aten, _BOUNDS, _clip_gradient,
+             simple("X", _CLIP, "min", "max")),
     Operator("ClipGradient", (2, 2), (1, 1), _clip_gradient_infer, _clip_gradient_aten, _BOUNDS),
-    Operator("Mul", (2, 2), (1, 1), _mul_infer, _mul_aten, gradient=_mul_gradient),
+    Operator("Mul", (2, 2), (1, 1), _mul_infer, _mul_aten, gradient=_mul_gradient,
+             onnx=simple("A, B", "Y = Mul(A, B)")),
     Operator("MulGradient", (3, 3), (2, 2), _mul_gradient_infer, _mul_gradient_aten),
-    Operator("AveragedLoss", (1, 1), (1, 1), _average_infer, _average_aten, gradient=_average_gradient),
+    Operator("AveragedLoss", (1, 1), (1, 1), _average_infer, _average_aten, gradient=_average_gradient,
+             onnx=simple("X", _AVERAGE)),
     Operator("AveragedLossGradient", (2, 2), (1, 1), _average_gradient_infer, _average_gradient_aten),
 ]

@@ -99,8 +99,9 @@ passed `infer`; checks of values (an index in range, lengths that add up) are ma
 torch is imported inside, so that nets can be built and checked without it. For an output that Caffe2 updates
 in place the kernel writes into the input tensor and returns it."""
 
-Onnx = Callable[[Node], str]
-"""node -> the text of a model-local ONNX function for it, in onnx.parser's syntax (see export.py)."""
+Onnx = Callable[[Node, Sequence[int]], str]
+"""(node, rank of each input) -> a model-local ONNX function that computes it, made by `lowering.function`. It checks
+no values: what the aten kernel refuses (an index out of range) ONNX runtimes may refuse, or not."""
 
 
 @dataclass(frozen=True)

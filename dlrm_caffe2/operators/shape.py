@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlrm_caffe2.net import DTYPES
+from dlrm_caffe2.operators.lowering import function, numbered, onnx_type, simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
     INT32,
@@ -76,6 +77,28 @@ def _concat_aten(node: Node, *inputs):
     return (torch.stack if _stacks(node) else torch.cat)(inputs, axis), info
 
 
+def _concat_onnx(node: Node, ranks: Sequence[int]) -> str:
+    axis, count = _axis(node, ranks[0] + _stacks(node)), len(ranks)
+    pieces, lengths = numbered("X", count), numbered("length", count)
+    if _stacks(node):
+        stacked = [f"{piece}_1" for piece in pieces]
+        body = f"""
+            axis = Constant<value_ints = [{axis}]>()
+            {" ".join(f"{to} = Unsqueeze({piece}, axis)" for to, piece in zip(stacked, pieces, strict=True))}
+            Y = Concat<axis = {axis}>({", ".join(stacked)})
+            lengths = Constant<value_ints = {[1] * count}>()
+        """
+    else:
+        body = f"""
+            Y = Concat<axis = {axis}>({", ".join(pieces)})
+            {" ".join(f"{length} = Shape<start = {axis}, end = {axis + 1}>({piece})"
+                      for length, piece in zip(lengths, pieces, strict=True))}
+            lengths = Concat<axis = 0>({", ".join(lengths)})
+        """
+    return function(node, pieces, ["Y", "info"], body + "info = Cast<to = 6>(lengths)",
+                    variant=[count, "axis", axis, *(["stacked"] if _stacks(node) else [])])
+
+
 def _concat_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     gradients = [grad(name) for name in node.inputs]
     operator = gradient_operator("Split", [dense(node, outputs[0]), node.outputs[1]], gradients, **node.given)
@@ -124,6 +147,27 @@ def _split_aten(node: Node, x, lengths=None):
     return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in x.split(sizes, axis))
 
 
+def _split_onnx(node: Node, ranks: Sequence[int]) -> str:
+    axis, count = _axis(node, ranks[0]), len(node.outputs)
+    pieces = numbered("Y", count)
+    parts = [f"{piece}_1" for piece in pieces] if _stacks(node) else pieces
+    sizes, variant, attributes = "", "equal", [f"num_outputs = {count}"]
+    body = f"{', '.join(parts)} = Split<{{}}>(X{{}})"
+    if len(ranks) == 2:
+        body, variant = "sizes = Cast<to = 7>(lengths) " + body, "lengths"
+    elif node.args["split"]:
+        body, variant = "sizes = Constant<value_ints: ints = @split>() " + body, "split"
+    if variant != "equal":
+        sizes, attributes = ", sizes", []
+    body = body.format(", ".join([f"axis = {axis}", *attributes]), sizes)
+    if _stacks(node):
+        body += f" axis = Constant<value_ints = [{axis}]>() " + " ".join(
+            f"{piece} = Squeeze({part}, axis)" for piece, part in zip(pieces, parts, strict=True))
+    return function(node, ["X", "lengths"][:len(ranks)], pieces, body,
+                    attributes=["split"] if variant == "split" else [],
+                    variant=[count, variant, "axis", axis, *(["stacked"] if _stacks(node) else [])])
+
+
 def _split_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     """Stricter than Caffe2, which leaves out a piece that has no gradient and returns a wrong shape."""
     dx = grad(node.inputs[0])
@@ -141,6 +185,11 @@ def _flatten_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 def _flatten_aten(node: Node, x):
     axis = node.args["axis"]
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:])).clone()
+
+
+def _flatten_onnx(node: Node, ranks: Sequence[int]) -> str:
+    axis = node.args["axis"]
+    return function(node, "X", "Y", f"Y = Flatten<axis = {axis}>(X)", variant=[] if axis == 1 else ["axis", axis])
 
 
 def _vector_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -223,6 +272,11 @@ def _cast_aten(node: Node, x):
     return x.to(getattr(torch, DTYPES[node.args["to"]].name), copy=True)
 
 
+def _cast_onnx(node: Node, ranks: Sequence[int]) -> str:
+    target = DTYPES[node.args["to"]]
+    return function(node, "X", "Y", f"Y = Cast<to = {onnx_type(target)}>(X)", variant=[target])
+
+
 def _any_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     return [inputs[0]]
 
@@ -243,6 +297,16 @@ def _sum_aten(node: Node, first, *others):
     return total
 
 
+def _sum_onnx(node: Node, ranks: Sequence[int]) -> str:
+    """ONNX's own Sum takes no integers."""
+    terms = numbered("X", len(ranks))
+    body, total = "", terms[0]
+    for number, term in enumerate(terms[1:], 1):
+        body += f"sum{number} = Add({total}, {term}) "
+        total = f"sum{number}"
+    return function(node, terms, "Y", f"{body} Y = Identity({total})", variant=[len(ranks)])
+
+
 def _sum_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     return GradientOps([], list(outputs) * len(node.inputs))
 
@@ -256,23 +320,44 @@ def _scale_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     return GradientOps([gradient_operator("Scale", [dense(node, outputs[0])], [dx], **node.given)], [dx])
 
 
+_SCALE = """
+    scale = Constant<value_float: float = @scale>()
+    scale_like = CastLike(scale, X)
+    Y = Mul(X, scale_like)
+"""
+_RESIZE = """
+    shape = Shape(like)
+    Y = Reshape<allowzero = 1>(X, shape)
+"""
+_VECTOR = """
+    shape = Constant<value_ints = [-1]>()
+    Y = Reshape(X, shape)
+"""
+
 # Split's arguments reach Concat as its gradient, which ignores `split`; and Flatten's reach ResizeLike.
 _JOIN = {"axis": Arg("i", 1), "add_axis": Arg("i", 0), "split": Arg("ints", ())}
 _FLATTEN = {"axis": Arg("i", 1)}
 
 OPERATORS = [
-    Operator("Concat", (1, ANY_NUMBER), (2, 2), _concat_infer, _concat_aten, _JOIN, _concat_gradient),
-    Operator("Split", (1, 2), (1, ANY_NUMBER), _split_infer, _split_aten, _JOIN, _split_gradient),
-    Operator("Flatten", (1, 1), (1, 1), _flatten_infer, _flatten_aten, _FLATTEN, _resize_gradient),
-    Operator("FlattenToVec", (1, 1), (1, 1), _vector_infer, _vector_aten, gradient=_resize_gradient),
-    Operator("ResizeLike", (2, 2), (1, 1), _resize_infer, _resize_aten, _FLATTEN),
+    Operator("Concat", (1, ANY_NUMBER), (2, 2), _concat_infer, _concat_aten, _JOIN, _concat_gradient,
+             _concat_onnx),
+    Operator("Split", (1, 2), (1, ANY_NUMBER), _split_infer, _split_aten, _JOIN, _split_gradient, _split_onnx),
+    Operator("Flatten", (1, 1), (1, 1), _flatten_infer, _flatten_aten, _FLATTEN, _resize_gradient, _flatten_onnx),
+    Operator("FlattenToVec", (1, 1), (1, 1), _vector_infer, _vector_aten, gradient=_resize_gradient,
+             onnx=simple("X", _VECTOR)),
+    Operator("ResizeLike", (2, 2), (1, 1), _resize_infer, _resize_aten, _FLATTEN,
+             onnx=simple("X, like", _RESIZE)),
     Operator("BatchGather", (2, 2), (1, 1), _batch_gather_infer, _batch_gather_aten,
-             gradient=_batch_gather_gradient),
+             gradient=_batch_gather_gradient, onnx=simple("D, I", "Y = Gather<axis = 1>(D, I)")),
     Operator("BatchGatherGradient", (3, 3), (1, 1), _batch_scatter_infer, _batch_scatter_aten),
-    Operator("Cast", (1, 1), (1, 1), _cast_infer, _cast_aten, {"to": Arg("i", required=True)}),
-    Operator("Copy", (1, 1), (1, 1), _any_infer, _copy_aten, gradient=_copy_gradient),
-    Operator("CopyOnDeviceLike", (2, 2), (1, 1), _any_infer, _copy_aten),
-    Operator("Sum", (1, ANY_NUMBER), (1, 1), same_as_input(0, *NUMERIC), _sum_aten, gradient=_sum_gradient),
+    Operator("Cast", (1, 1), (1, 1), _cast_infer, _cast_aten, {"to": Arg("i", required=True)},
+             onnx=_cast_onnx),
+    Operator("Copy", (1, 1), (1, 1), _any_infer, _copy_aten, gradient=_copy_gradient,
+             onnx=simple("X", "Y = Identity(X)")),
+    Operator("CopyOnDeviceLike", (2, 2), (1, 1), _any_infer, _copy_aten,
+             onnx=simple("X, like", "Y = Identity(X)")),
+    Operator("Sum", (1, ANY_NUMBER), (1, 1), same_as_input(0, *NUMERIC), _sum_aten, gradient=_sum_gradient,
+             onnx=_sum_onnx),
     Operator("Scale", (1, 1), (1, 1), same_as_input(0, FLOAT, DOUBLE), _scale_aten, {"scale": Arg("f", 1.0)},
-             _scale_gradient),
+             _scale_gradient, simple("X", _SCALE, "scale")),
 ]
