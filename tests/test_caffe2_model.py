@@ -12,7 +12,7 @@ import pytest
 from conformance.case import make_case
 from conformance.run import run_case
 from dlrm_caffe2 import model as nets
-from dlrm_caffe2.backend import ATEN, NetModel
+from dlrm_caffe2.backend import ATEN, ONNX, NetModel
 from dlrm_caffe2.check import check_net
 from dlrm_caffe2.engine.aten import AtenEngine
 from dlrm_caffe2.net import read_net, write_net
@@ -312,6 +312,26 @@ def test_importing_the_backends_loads_no_framework():
             "[b.available() for b in (ATEN, CAFFE2, ONNX)]; "
             "sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_onnx_model_conforms_forward(name):
+    (result,) = run_case(make_case(variant(name), steps=1), [ONNX]).backends
+    assert result.status == "conforms", (result.reason, result.worst)
+
+
+def test_forward_only():
+    spec = load("tiny")
+    model, batch = ONNX.create(spec, initial_parameters(spec)), batch_of(spec)
+    assert tuple(model.trace(batch)) == trace_names(spec, gradients=False)
+    assert model.predict(batch_of(spec, size=3)).shape == (3, 1)
+    assert_same(initial_parameters(spec), model.parameters())
+    assert all(value >= 0 for value in model.profile(batch).values())
+    for method in (lambda: model.train_step(batch), model.optimizer_state):
+        with pytest.raises(NotImplementedError, match="forward pass only"):
+            method()
+    model.close()
+    model.close()
 
 
 # Genuine Caffe2
