@@ -46,7 +46,8 @@ def _mse(logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
     difference = probability.value - label
     variance = probability.variance + ROUND * difference**2
     square = difference**2
-    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * ROUND * square**2)
+    expanded = ROUND * (probability.value**2 + label**2) ** 2  # Caffe2's SquaredL2Distance sums x^2 - 2xy + y^2
+    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * ROUND * square**2 + expanded)
     gradient = 2 * difference / batch
     dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * ROUND * gradient**2)
     return LossResult(_mean(squares), dprobability, rounding.sigmoid_gradient(logit, probability, dprobability), 0)
