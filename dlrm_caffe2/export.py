@@ -113,7 +113,7 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
     types = _value_types(net, nodes, blobs, inputs, sizes)
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
-    used = {name for node in nodes for name in node.inputs}
+    used = outside(nodes)
     initializers, offset = [], 0
     for name, array in blobs.items():
         if name in used:
@@ -138,14 +138,14 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
                              opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
 
 
-def check_exportable(net: NetDef, given: Collection[str]) -> list[Node]:
+def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
     """check.check_net, and what ONNX asks for besides; raises what `export_net` does."""
-    nodes = check_net(net, given)
+    nodes = check_net(net, blobs)
     missing = sorted({node.type for node in nodes if record(node.type).onnx is None})
     if missing:
         raise InputError(f"net '{net.name}'", "operators that have an ONNX lowering", ", ".join(missing),
                          "export a net that only predicts")
-    written = set(given)
+    written = set(outside(nodes))
     for node in nodes:
         for name in node.outputs:
             if name in written:
@@ -153,6 +153,15 @@ def check_exportable(net: NetDef, given: Collection[str]) -> list[Node]:
                                  f"'{name}' overwritten by {node.type}", "give the output a name of its own")
             written.add(name)
     return nodes
+
+
+def outside(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """The blobs that are read before any operator writes them."""
+    read, written = {}, set()
+    for node in nodes:
+        read |= dict.fromkeys(name for name in node.inputs if name not in written)
+        written.update(node.outputs)
+    return tuple(read)
 
 
 def inline(model: "onnx.ModelProto") -> "onnx.ModelProto":

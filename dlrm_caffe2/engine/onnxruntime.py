@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_caffe2.check import check_net
 from dlrm_caffe2.engine import Arrays
-from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs
+from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs, outside
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
 
@@ -28,6 +27,14 @@ class _Key(NamedTuple):
     outputs: tuple[str, ...]
 
 
+class _Kept(NamedTuple):
+    """A net, the blobs that it reads from outside, and those that it makes."""
+
+    net: NetDef
+    read: tuple[str, ...]
+    made: frozenset[str]
+
+
 class OnnxEngine:
     """A NetEngine on ONNX Runtime. A net is exported when it is first run, with all blobs that are not fed then as
     its constants, and again after one of these has been fed anew.
@@ -40,7 +47,7 @@ class OnnxEngine:
 
         self._threads = os.cpu_count() or 1
         self._blobs: Arrays = {}
-        self._nets: dict[str, NetDef] = {}
+        self._nets: dict[str, _Kept] = {}
         self._sessions: dict[_Key, Any] = {}
         self.description = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, "
                             f"{self._threads} threads")
@@ -66,26 +73,28 @@ class OnnxEngine:
         ONNX lowering."""
         if net.name in self._nets:
             raise EngineError(f"net '{net.name}' exists already")
-        check_net(net, self._blobs.keys())
         try:
-            check_exportable(net, net.external_input)
+            nodes = check_exportable(net, self._blobs.keys())
         except InputError as error:
             raise EngineError(str(error)) from error
-        self._nets[net.name] = NetDef.FromString(net.SerializeToString())
+        self._nets[net.name] = _Kept(NetDef.FromString(net.SerializeToString()), outside(nodes),
+                                     frozenset(name for node in nodes for name in node.outputs))
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
-        self._expect(name)
+        kept = self._kept(name)
         self.feed(feeds)
-        produced = {blob for operator in self._nets[name].op for blob in operator.output}
-        outputs = tuple(blob for blob in dict.fromkeys(fetch) if blob in produced)
-        computed = self._compute(_Key(name, tuple(feeds), outputs or tuple(self._nets[name].external_output)))
-        return {blob: computed[blob] if blob in produced else self.fetch([blob])[blob] for blob in fetch}
+        outputs = tuple(blob for blob in dict.fromkeys(fetch) if blob in kept.made)
+        key = _Key(name, tuple(feeds), outputs or tuple(kept.net.external_output))
+        if key not in self._sessions:
+            self._sessions[key] = self._session(key)
+        computed = self._run(self._sessions[key], key)
+        return {blob: computed[blob] if blob in kept.made else self.fetch([blob])[blob] for blob in fetch}
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
         """By types of ONNX's operators, into which the net's are fused; of the second run."""
-        self._expect(name)
+        kept = self._kept(name)
         self.feed(feeds)
-        key = _Key(name, tuple(feeds), tuple(self._nets[name].external_output))
+        key = _Key(name, tuple(feeds), tuple(kept.net.external_output))
         with tempfile.TemporaryDirectory() as folder:
             session = self._session(key, profile=Path(folder) / "profile")
             for _ in range(2):
@@ -105,17 +114,13 @@ class OnnxEngine:
         self._nets.clear()
         self._blobs.clear()
 
-    def _expect(self, name: str) -> None:
+    def _kept(self, name: str) -> _Kept:
         if name not in self._nets:
             raise EngineError(f"net '{name}' does not exist; create it first")
+        return self._nets[name]
 
     def _constants(self, key: _Key) -> Arrays:
-        return {blob: self._blobs[blob] for blob in self._nets[key.net].external_input if blob not in key.inputs}
-
-    def _compute(self, key: _Key) -> Arrays:
-        if key not in self._sessions:
-            self._sessions[key] = self._session(key)
-        return self._run(self._sessions[key], key)
+        return {blob: self._blobs[blob] for blob in self._nets[key.net].read if blob not in key.inputs}
 
     def _run(self, session: Any, key: _Key) -> Arrays:
         feeds = {input.name: self._blobs[input.name] for input in session.get_inputs()}
@@ -132,7 +137,7 @@ class OnnxEngine:
             names = tuple(f"{blob}.{axis}" for axis in range(array.ndim))
             inputs[blob] = Axes(array.dtype, names)
             sizes |= zip(names, array.shape, strict=True)
-        return export_net(self._nets[key.net], self._constants(key), inputs, key.outputs, sizes)
+        return export_net(self._nets[key.net].net, self._constants(key), inputs, key.outputs, sizes)
 
     def _session(self, key: _Key, profile: Path | None = None) -> Any:
         import onnxruntime
