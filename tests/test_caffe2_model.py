@@ -121,7 +121,14 @@ def test_the_trace_finds_every_tensor_and_no_gradient_of_the_input():
     assert set(nets.trace_blobs(spec)) == set(trace_names(spec))
     made = {blob for o in net.op for blob in o.output}
     assert set(nets.trace_blobs(spec).values()) <= made | set(batch_names(spec))
-    assert "dense_grad" not in made and not any("pooling_grad" in b for b in made if "tables.2" in b)
+    assert "dense_grad" not in made
+    assert "tables.3.lookup_weights_grad" in made and "tables.2.lookup_weights_grad" not in made
+
+
+def test_a_tables_indices_are_made_unique_once():
+    train = nets.train_net(load("tiny").with_optimizer("adagrad", 0.1))
+    unique = [operator.input[0] for operator in train.op if operator.type == "Unique"]
+    assert unique == [f"tables.{number}.indices" for number in range(4)]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -153,6 +160,19 @@ def test_init_net_refuses_what_protobuf_cannot_hold():
 def test_conforms_to_the_reference(name):
     """Forward, gradients and three steps of each optimizer against spec/reference.py."""
     (result,) = run_case(make_case(variant(name), steps=3), [ATEN]).backends
+    assert result.status == "conforms", (result.reason, result.worst)
+
+
+@pytest.mark.parametrize("loss", [Loss(clip=0.3), Loss(kind="wbce", weights=(0.3, 1.7), clip=0.3)])
+def test_clip_on_both_sides(loss):
+    case = make_case(load("tiny").model_copy(update={"loss": loss}), steps=3)
+    logit = ATEN.create(case.spec, case.parameters).trace(case.batches[0])["top.1.preactivation"]
+    scale = np.float32(2 / logit.std())
+    case.parameters["top.1.bias"] = (case.parameters["top.1.bias"] - np.median(logit)) * scale
+    case.parameters["top.1.weight"] *= scale
+    probability = ATEN.create(case.spec, case.parameters).predict(case.batches[0])
+    assert len(np.unique(np.digitize(probability, [0.3, 0.7]))) == 3, "below, between and above the bounds"
+    (result,) = run_case(case, [ATEN]).backends
     assert result.status == "conforms", (result.reason, result.worst)
 
 
