@@ -137,6 +137,33 @@ _TILING = """
 `more`: some bag has more than one tile.
 """
 
+_AS_MATRIX = """
+    row = Shape<start = 1>(D)
+    row_and_1 = Concat<axis = 0>(axis1, row)
+    row_size = ReduceProd(row_and_1)
+    places = Shape(index_TR)
+    places_by_width = Concat<axis = 0>(places, row_size)
+    rows_TR = Gather(D, index_TR)
+    rows_TRW = Reshape<allowzero = 1>(rows_TR, places_by_width)
+"""
+_AS_ROWS = """
+    bags_by_row = Concat<axis = 0>(bags, row)
+    Y = Reshape<allowzero = 1>({}, bags_by_row)
+"""
+"""Tables of another rank than 2: their rows as vectors, and the sums back in the rows' shape."""
+_WEIGHTED_MASK = """
+    nothing = Constant<value_float = 0.0>()
+    weight_TR = Gather(w, first_place_TR)
+    mask_TR = Where(first_used_TR, weight_TR, nothing)
+"""
+_AVERAGE = """
+    divisor = Max(sizes_B, one)
+    divisor_float = Cast<to = 1>(divisor)
+    inverse = Reciprocal(divisor_float)
+    inverse_B1 = Unsqueeze(inverse, axis1)
+    {} = Mul(sums_BW, inverse_B1)
+"""
+
 
 def _bags_onnx(node: Node, ranks: Sequence[int]) -> str:
     """Sums of ragged bags, as a tree: a tile of up to 16 rows is summed by one product with its mask (or weights),
@@ -190,33 +217,6 @@ def _bags_onnx(node: Node, ranks: Sequence[int]) -> str:
     """
     return function(node, ["D", *(["w"] if weighted else []), "I", "L"], ["Y"], body,
                     variant=() if matrix else ("rank", ranks[0]))
-
-
-_AS_MATRIX = """
-    row = Shape<start = 1>(D)
-    row_and_1 = Concat<axis = 0>(axis1, row)
-    row_size = ReduceProd(row_and_1)
-    places = Shape(index_TR)
-    places_by_width = Concat<axis = 0>(places, row_size)
-    rows_TR = Gather(D, index_TR)
-    rows_TRW = Reshape<allowzero = 1>(rows_TR, places_by_width)
-"""
-_AS_ROWS = """
-    bags_by_row = Concat<axis = 0>(bags, row)
-    Y = Reshape<allowzero = 1>({}, bags_by_row)
-"""
-_WEIGHTED_MASK = """
-    nothing = Constant<value_float = 0.0>()
-    weight_TR = Gather(w, first_place_TR)
-    mask_TR = Where(first_used_TR, weight_TR, nothing)
-"""
-_AVERAGE = """
-    divisor = Max(sizes_B, one)
-    divisor_float = Cast<to = 1>(divisor)
-    inverse = Reciprocal(divisor_float)
-    inverse_B1 = Unsqueeze(inverse, axis1)
-    {} = Mul(sums_BW, inverse_B1)
-"""
 
 
 def _sum_gradient(kind: str):
