@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_STYLES = {"conforms": "green", "fails": "bold red", "error": "bold red", "missing": "yellow"}
+_STYLES = {"conforms": "green", "fails": "bold red", "missing": "yellow"}
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -51,8 +51,6 @@ def _status(backend: dict[str, Any]) -> str:
 def _print_reason(backend: dict[str, Any], console: Console) -> None:
     if backend["status"] == "missing":
         console.print(f"{backend['backend']} is missing: {backend['reason']}; {backend['remedy']}", soft_wrap=True)
-    elif backend["status"] == "error":
-        console.print(f"{backend['backend']} failed to run: {backend['reason']}", soft_wrap=True)
     elif backend["status"] == "fails":
         console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
 

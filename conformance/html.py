@@ -55,7 +55,7 @@ def _failures(backend: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _first_failure(report: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The first (case, backend) that ran and does not conform, or nothing."""
     return [(case, backend) for case in report["cases"] for backend in case["backends"]
-            if backend["status"] in ("fails", "error")][:1]
+            if backend["status"] == "fails"][:1]
 
 
 def _number(value: float | str) -> str:

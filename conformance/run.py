@@ -37,7 +37,7 @@ class Section:
 
 @dataclass
 class BackendResult:
-    """`status`: "conforms", "fails", "missing" (not installed: see reason and remedy) or "error"."""
+    """`status`: "conforms", "fails" or "missing" (not installed: see reason and remedy)."""
 
     backend: str
     status: str
@@ -96,7 +96,10 @@ class CaseResult:
 
 def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
              progress: Progress = lambda message: None) -> CaseResult:
-    """Every backend in turn, then every pair of them. `progress` is told what is about to run, once a step."""
+    """Every backend in turn, then every pair of them. `progress` is told what is about to run, once a step.
+
+    Raises EngineError, naming the backend, where an engine fails or dies: that is no verdict on anything.
+    """
     results, traces = [], {}
     for backend in backends:
         availability = backend.available()
@@ -104,15 +107,14 @@ def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
             results.append(BackendResult(backend.name, "missing", trains=backend.trains,
                                          reason=availability.reason, remedy=availability.remedy))
             continue
-        result = BackendResult(backend.name, "error", trains=backend.trains)
+        result = BackendResult(backend.name, "fails", trains=backend.trains)
         results.append(result)
         try:
             traces[backend.name] = _run_backend(case, backend, device, result, progress)
         except EngineError as error:
-            result.reason = str(error)
-            continue
-        right = bool(result.elements) and all(verdict.conforms for verdict in result.verdicts)
-        result.status = "conforms" if right else "fails"
+            raise EngineError(f"{backend.name}: {error}") from None
+        if result.elements and all(verdict.conforms for verdict in result.verdicts):
+            result.status = "conforms"
     pairs = [_compare_pair(case, (a, traces[a]), (b, traces[b])) for a, b in itertools.combinations(traces, 2)]
     return CaseResult(case, results, pairs)
 

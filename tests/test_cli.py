@@ -162,6 +162,43 @@ def test_interrupting_exits_130_at_once_and_writes_nothing(tmp_path):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.engine
+def test_a_killed_worker_ends_the_command_and_leaves_nothing_behind(caffe2_engine, tmp_path):
+    process = subprocess.Popen([DLRM, "conform", "criteo-kaggle", "--max-rows", "1000", "--backend", "caffe2",
+                                "--steps", "1000", "--out", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not children(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    workers = children(process.pid)
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=20)
+    (line,) = stderr.decode().splitlines()
+    assert process.returncode == 2 and stdout == b""
+    assert line.startswith("dlrm: caffe2: ") and "SIGKILL" in line
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_corrupted_net_file_is_named(tmp_path):
+    from dlrm_caffe2.net import read_net
+    from spec.errors import InputError
+    result = invoke("export", "tiny", "--out", tmp_path, "--format", "netdef")
+    assert result.exit_code == 0
+    path = tmp_path / "predict_net.pb"
+    assert len(read_net(path).op) > 10
+    for content in (path.read_bytes()[:-7], b"\xff" * 100, b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path}: expected a .*NetDef.*, found "):
+            read_net(path)
+
+
 def test_output_is_plain_where_it_is_no_terminal():
     run = subprocess.run([DLRM, "conform", "tiny", "--backend", "torch", "--steps", "1"], capture_output=True,
                          text=True, env=os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning"})
