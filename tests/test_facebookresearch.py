@@ -175,7 +175,7 @@ def test_what_is_no_checkout_is_refused(tmp_path):
         (line,) = result.stderr.splitlines()
         assert line == (f"facebookresearch: {folder}: expected a checkout of facebookresearch/dlrm, which holds "
                         f"dlrm_s_pytorch.py, found {found}; "
-                        f"git clone https://github.com/facebookresearch/dlrm {folder}")
+                        "git clone https://github.com/facebookresearch/dlrm and name its folder")
 
 
 def test_a_script_that_fails_is_named_and_a_missing_engine_too(tmp_path, monkeypatch):

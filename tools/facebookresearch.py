@@ -226,7 +226,7 @@ def interpreters(checkout: Path) -> dict[str, Path]:
         if not (checkout / script).is_file():
             raise InputError(str(checkout), f"a checkout of facebookresearch/dlrm, which holds {script}",
                              "no such file in it" if checkout.is_dir() else "no such folder",
-                             f"git clone https://github.com/facebookresearch/dlrm {checkout}")
+                             "git clone https://github.com/facebookresearch/dlrm and name its folder")
     (entry,) = entry_points(group="dlrm.engines", name="caffe2")
     engine = entry.load()
     state = engine.availability()
