@@ -1,7 +1,9 @@
 """Whether a NetDef can run at all: names and definitions, not types. No engine and no framework is needed."""
 
 from collections.abc import Collection
+from pathlib import Path
 
+from dlrm_caffe2.net import read_net
 from dlrm_caffe2.operators import Node, OperatorError, read
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
@@ -42,6 +44,18 @@ def check_net(net: NetDef, blobs: Collection[str]) -> list[Node]:
         if name not in produced and name not in net.external_input:
             raise EngineError(f"net '{net.name}': external output '{name}' is not made by any operator")
     return nodes
+
+
+def check_file(path: Path) -> str:
+    """One line on the net in a .pb file that could run: its name and sizes.
+
+    Raises InputError for a file that holds no net, EngineError as `check_net` does.
+    """
+    net = read_net(path)
+    nodes = check_net(net, net.external_input)
+    types = len({node.type for node in nodes})
+    return (f"net '{net.name}', {len(nodes)} operators of {types} types, {len(net.external_input)} external inputs, "
+            f"{len(net.external_output)} external outputs")
 
 
 def operator_name(net: str, number: int, type: str) -> str:

@@ -188,17 +188,9 @@ def test_a_batch_of_empty_bags():
     assert (after["top.1.bias"] != initial_parameters(spec)["top.1.bias"]).all()
 
 
-def caffe2_or_skip():
-    backend = load_backend("caffe2")
-    state = backend.available()
-    if not state.ok:
-        pytest.skip(f"{state.reason}: {state.remedy}")
-    return backend
-
-
 @pytest.fixture(params=["caffe2-aten", pytest.param("caffe2", marks=pytest.mark.engine)])
 def backend(request):
-    return ATEN if request.param == "caffe2-aten" else caffe2_or_skip()
+    return load_backend(request.param)
 
 
 @pytest.fixture
@@ -363,7 +355,7 @@ def test_forward_only():
 def test_the_files_run_on_genuine_caffe2_alone(tmp_path, monkeypatch, kind):
     """Loaded with its own caffe2_pb2, run in its own workspace: the bits of our backend."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the bits of a matrix product depend on it
-    backend, spec = caffe2_or_skip(), under(kind)
+    backend, spec = load_backend("caffe2"), under(kind)
     batch, parameters = batch_of(spec), initial_parameters(spec)
     content = {}
     for name, net in (("init", nets.init_net(spec, parameters)), ("predict", nets.predict_net(spec)),

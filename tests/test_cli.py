@@ -145,7 +145,7 @@ def test_specs_can_be_listed_shown_and_capped(tmp_path):
 
 @pytest.mark.parametrize("command", [[], ["spec"], ["spec", "list"], ["spec", "show"], ["spec", "validate"],
                                      ["spec", "schema"], ["conform"], ["export"], ["engine"], ["engine", "install"],
-                                     ["engine", "status"]])
+                                     ["engine", "status"], ["engine", "check"]])
 def test_every_help_shows_an_example(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -169,7 +169,8 @@ def children(pid):
 @pytest.mark.engine
 def test_a_killed_worker_ends_the_command_and_leaves_nothing_behind(caffe2_engine, tmp_path):
     process = subprocess.Popen([DLRM, "conform", "criteo-kaggle", "--max-rows", "1000", "--backend", "caffe2",
-                                "--steps", "1000", "--out", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                "--steps", "1000", "--out", tmp_path / "out"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not children(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -187,16 +188,15 @@ def test_a_killed_worker_ends_the_command_and_leaves_nothing_behind(caffe2_engin
 
 
 def test_a_corrupted_net_file_is_named(tmp_path):
-    from dlrm_caffe2.net import read_net
-    from spec.errors import InputError
-    result = invoke("export", "tiny", "--out", tmp_path, "--format", "netdef")
-    assert result.exit_code == 0
-    path = tmp_path / "predict_net.pb"
-    assert len(read_net(path).op) > 10
-    for content in (path.read_bytes()[:-7], b"\xff" * 100, b""):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"{path}: expected a .*NetDef.*, found "):
-            read_net(path)
+    assert invoke("export", "tiny", "--out", tmp_path, "--format", "netdef").exit_code == 0
+    paths = [tmp_path / f"{name}_net.pb" for name in ("init", "predict", "train")]
+    checked = invoke("engine", "check", *paths).output.splitlines()
+    assert [line.split(": ")[0] for line in checked] == [str(path) for path in paths]
+    for content in (paths[1].read_bytes()[:-7], b"\xff" * 100, b"", b"not a net"):
+        paths[1].write_bytes(content)
+        assert re.match(f"{paths[1]}: expected a .*NetDef.*, found ", refused("engine", "check", paths[1]))
+    paths[1].write_bytes(paths[2].read_bytes().replace(b"ReluGradient", b"ReluGredient"))
+    assert "ReluGredient" in refused("engine", "check", paths[1])
 
 
 def test_output_is_plain_where_it_is_no_terminal():

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from dlrm_caffe2.engine.aten import AtenEngine
-from dlrm_caffe2.engine.install import availability
 from dlrm_caffe2.gradient import add_gradients
 from dlrm_caffe2.model import gradient_net, init_net, trace_blobs
 from dlrm_caffe2.net import make_operator as op
@@ -19,8 +18,6 @@ from spec.tensors import activation_gradients
 from spec.toml import load, preset_names
 
 FLOAT = np.float32
-INSTALLED = availability()
-genuine = pytest.mark.skipif(not INSTALLED.ok, reason=f"{INSTALLED.reason}: {INSTALLED.remedy}")
 
 
 def net_of(*operators):
@@ -215,7 +212,6 @@ def genuine_gradients(tmp_path_factory):
     return dict(zip(specs, zip(results[::2], results[1::2], strict=True), strict=True))
 
 
-@genuine
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_specs())
@@ -232,7 +228,6 @@ def test_gradients_are_those_of_caffe2s_own(genuine_gradients, name):
         assert ours[blobs[traced]].dtype == expected.dtype
 
 
-@genuine
 @pytest.mark.engine
 def test_accumulation_is_that_of_caffe2s_own(tmp_path):
     """Dense uses, and a table of two lookups: the same values in the same order."""

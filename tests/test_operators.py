@@ -4,7 +4,6 @@ import json
 import subprocess
 from collections.abc import Mapping
 
-import legacy
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -14,6 +13,7 @@ from operator_formulas import FORMULAS, FORMULAS_OF_CAFFE2, formula
 from operator_refusals import REFUSALS, Refusal
 
 from dlrm_caffe2.engine import NetEngine
+from dlrm_caffe2.engine.install import check_installed, interpreter
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.operators import OperatorError, read, records
 from dlrm_caffe2.operators.record import GradientOps, Slice, TensorType
@@ -200,12 +200,7 @@ def test_every_gradient_maker_is_compared_with_caffe2():
 
 @pytest.fixture(scope="module")
 def genuine():
-    """The engine `caffe2`, or a skip that says why not."""
-    from dlrm_caffe2.engine.install import availability
-
-    state = availability()
-    if not state.ok:
-        pytest.skip(f"{state.reason}; {state.remedy}")
+    """One worker for all cases: nothing in them depends on what ran before."""
     from dlrm_caffe2.engine.caffe2 import Caffe2Engine
 
     engine = Caffe2Engine()
@@ -265,7 +260,8 @@ def signature(operator: OperatorDef) -> tuple:
 def test_gradient_makers_emit_what_caffe2_emits(genuine: NetEngine):
     asked = "\n".join(json.dumps([definition.SerializeToString().hex(), output_gradients(definition)])
                       for definition in FORWARD)
-    done = subprocess.run([legacy.PYTHON, "-c", GRADIENTS_OF_CAFFE2], input=asked, capture_output=True, text=True,
+    python = interpreter(check_installed())
+    done = subprocess.run([python, "-c", GRADIENTS_OF_CAFFE2], input=asked, capture_output=True, text=True,
                           timeout=120, check=True)
     answers = done.stdout.splitlines()
     assert len(answers) == len(FORWARD)

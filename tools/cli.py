@@ -155,6 +155,15 @@ def engine_status(json_path: Path | None) -> None:
     print_status(json_path)
 
 
+@engine.command("check", epilog=_example("dlrm engine check models/predict_net.pb"))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def engine_check(paths: tuple[Path, ...]) -> None:
+    """Check NetDef files: that they parse, that every operator is known and well defined, and its inputs exist."""
+    from tools.engine import check_file
+    for path in paths:
+        click.echo(f"{path}: {check_file(path)}")
+
+
 def _load(name: str, max_rows: int | None = None):
     from spec import toml
     loaded = toml.load(name)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spec.backend import backend_names, load_backend
+from spec.errors import EngineError
 from spec.files import write_text
 
 
@@ -19,6 +20,15 @@ def _caffe2() -> ModuleType:
     """The module that installs genuine Caffe2 and tells its status, found through its entry point."""
     (entry,) = entry_points(group="dlrm.engines", name="caffe2")
     return entry.load()
+
+
+def check_file(path: Path) -> str:
+    """One line on a net file that could run. Raises InputError or EngineError, naming the path, for any other."""
+    (entry,) = entry_points(group="dlrm.checkers", name="netdef")
+    try:
+        return entry.load()(path)
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from None
 
 
 def install(interpreter: Path | None, optional: bool) -> None:
