@@ -43,7 +43,7 @@ def test_backends_are_registered():
     assert {"torch", "caffe2", "caffe2-aten", "caffe2-onnx"} <= set(backend_names())
 
 
-@pytest.mark.parametrize("command", [["ruff", "check", "."], ["lint-imports", "--no-cache"]])
+@pytest.mark.parametrize("command", [["ruff", "check", "--no-cache", "."], ["lint-imports", "--no-cache"]])
 def test_lint(command):
     result = subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], cwd=ROOT,
                             capture_output=True, text=True)

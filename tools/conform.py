@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.html import write_html
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import report as reports
 from conformance.case import make_case
 from conformance.console import print_report
+from conformance.html import write_html
 from conformance.run import run_case, steps_to_run
 from spec.backend import backend_names, load_backend
 from spec.errors import InputError
