@@ -39,8 +39,8 @@ def install(interpreter: Path | None, optional: bool) -> None:
     engine = _caffe2()
     if optional and not engine.status().installed and interpreter is None and engine.find_python() is None:
         state = engine.availability()
-        click.echo(f"genuine Caffe2 is left out: no Python 3.7, 3.8 or 3.9 that can run it was found ({state.reason}). "
-                   f"The embedded engine caffe2-aten runs the same graphs. To add it, install one, then: {state.remedy}")
+        click.echo(f"genuine Caffe2 is left out: {state.reason}, and no Python 3.7, 3.8 or 3.9 for it was found. The "
+                   f"embedded engine caffe2-aten runs the same graphs. With such a Python: {state.remedy}")
         return
     engine.install(interpreter)
     click.echo(f"genuine Caffe2 is ready: {engine.status().path}")
