@@ -50,7 +50,8 @@ def _status(backend: dict[str, Any]) -> str:
 
 def _print_reason(backend: dict[str, Any], console: Console) -> None:
     if backend["status"] == "missing":
-        console.print(f"{backend['backend']} is missing: {backend['reason']}; to add it: {backend['remedy']}", soft_wrap=True)
+        console.print(f"{backend['backend']} is missing: {backend['reason']}; to add it: {backend['remedy']}",
+                      soft_wrap=True)
     elif backend["status"] == "fails":
         console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
 

@@ -47,7 +47,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "published_batch_size": spec.batch_size,
         "data": case.source,
         "seed": case.seed,
-        "steps": len(case.batches),
+        "steps": len(case.batches) if case.optimizers else 0,
         "optimizers": list(case.optimizers),
         "conforms": result.conforms,
         "backends": [_backend(backend) for backend in result.backends],

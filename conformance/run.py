@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from conformance.case import Case
-from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, ratio
+from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, ratio, unfit
 from spec.backend import Backend, Model
 from spec.errors import EngineError
 from spec.model import ModelSpec
-from spec.parameters import Arrays, fixed_parameters
+from spec.parameters import Arrays, fixed_parameters, initial_state
 from spec.pooling import coalesce
 from spec.reference import Evaluation, evaluate
 from spec.rounding import Tracked
@@ -126,18 +126,21 @@ def steps_to_run(case: Case, backends: Iterable[Backend]) -> int:
 
 
 def _run_backend(case: Case, backend: Backend, device: str, result: BackendResult, progress: Progress) -> Arrays:
+    """Fills the result; what of the trace can be compared with another backend's."""
     progress(f"{backend.name}: forward" + (" and backward" if backend.trains else ""))
     model = backend.create(case.spec, case.parameters, device)
     try:
         result.engine = model.engine
         trace = model.trace(case.batches[0])
-        result.sections.append(_judge_trace(case, model, trace, backend.trains))
+        section = _judge_trace(case, model, trace, backend.trains)
+        result.sections.append(section)
     finally:
         model.close()
     if backend.trains:
         for optimizer in case.optimizers:
             result.sections.append(_judge_training(case, backend, device, optimizer, progress))
-    return trace
+    incomparable = {verdict.tensor for verdict in section.tensors if verdict.problem}
+    return {name: tensor for name, tensor in trace.items() if name not in incomparable}
 
 
 def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Section:
@@ -167,7 +170,8 @@ def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Se
 def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, progress: Progress) -> Section:
     """Train from the initial parameters; each step is judged from the state the backend itself had before it.
 
-    The trace before the step tells on which side of each kink the backend was.
+    The trace before the step tells on which side of each kink the backend was. What cannot be compared ends the
+    training: the next step would have nothing to be judged from.
     """
     spec = case.under(optimizer)
     section = Section(optimizer, len(case.batches), spec.optimizer.learning_rate)
@@ -175,6 +179,9 @@ def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, p
     model = backend.create(spec, case.parameters, device)
     try:
         before, state = model.parameters(), model.optimizer_state()
+        section.tensors = _judge_start(spec, case.parameters, before | state)
+        if section.tensors:
+            return section
         for step, batch in enumerate(case.batches, start=1):
             progress(f"{backend.name}: {optimizer}, step {step}")
             evaluation = evaluate(spec, before, batch, engine=model.trace(batch))
@@ -184,6 +191,8 @@ def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, p
             for verdict in verdicts:
                 known = merged.get(verdict.tensor)
                 merged[verdict.tensor] = known.merge(verdict) if known else verdict
+            if any(verdict.problem for verdict in verdicts):
+                break
             before, state = after, new_state
     finally:
         model.close()
@@ -191,9 +200,22 @@ def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, p
     return section
 
 
+def _judge_start(spec: ModelSpec, parameters: Arrays, found: Arrays) -> list[TensorVerdict]:
+    """Only what is wrong: a model begins with the parameters that it was given and state of zeros, bit for bit."""
+    wrong = []
+    for name, given in (parameters | initial_state(spec)).items():
+        if name not in found:
+            wrong.append(missing(name, "update"))
+        elif problem := unfit(found[name], given.shape):
+            wrong.append(missing(name, "update", problem))
+        elif not np.array_equal(found[name], given):
+            wrong.append(missing(name, "update", "differs from what training begins with, before the first step"))
+    return wrong
+
+
 def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, before: Arrays, state: Arrays,
                 after: Arrays, new_state: Arrays, section: Section) -> list[TensorVerdict]:
-    verdict = judge("loss", "forward", np.array(loss, np.float32), evaluation.tensors["loss"])
+    verdict = judge("loss", "forward", np.asarray(loss, np.float32), evaluation.tensors["loss"])
     verdict.step = step
     verdicts = [verdict]
     old, new = before | state, after | new_state
@@ -227,7 +249,7 @@ def _compare_pair(case: Case, first: tuple[str, Arrays], second: tuple[str, Arra
 
 def _add_to_pair(pair: PairResult, name: str, expected: Tracked, a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.size == 0:
-        return  # a wrong shape has failed already, against the reference
+        return  # rows that one of them left out have failed already, against the reference
     both = Tracked(expected.value, 2 * expected.variance)
     worst = float(ratio(np.abs(a.astype(np.float64) - b), both.reach).max())
     pair.tensors += 1

@@ -1,6 +1,6 @@
 """Judging one tensor of a backend against the float64 reference (SPEC.md, 10)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +21,6 @@ class TensorVerdict:
         elements: how many were compared (over all steps).
         worst: greatest error / bound; infinite where the bound is 0 and the error is not.
         place, value, reference, bound, step: of that element.
-        largest: greatest |reference|.
         tightness: rms of the bound over rms of the reference; 0 where the arithmetic is exact.
         null_ratio: what a null result would score as `worst`: all zeros or, for an update, the tensor left as it
             was. None where the null result is the right one.
@@ -38,7 +37,6 @@ class TensorVerdict:
     reference: float = 0.0
     bound: float = 0.0
     step: int = 0
-    largest: float = 0.0
     tightness: float = 0.0
     null_ratio: float | None = None
     histogram: list[int] = field(default_factory=lambda: [0] * (len(RATIO_EDGES) + 1))
@@ -52,11 +50,10 @@ class TensorVerdict:
         """The same tensor at another step: the worse of the two, over the elements of both."""
         worse = later if (bool(later.problem), later.worst) > (bool(self.problem), self.worst) else self
         ratios = [r for r in (self.null_ratio, later.null_ratio) if r is not None]
-        return TensorVerdict(
-            self.tensor, self.phase, self.elements + later.elements, worse.worst, worse.place, worse.value,
-            worse.reference, worse.bound, worse.step, max(self.largest, later.largest),
-            max(self.tightness, later.tightness), min(ratios, default=None),
-            [a + b for a, b in zip(self.histogram, later.histogram, strict=True)], worse.problem)
+        return replace(
+            worse, elements=self.elements + later.elements, tightness=max(self.tightness, later.tightness),
+            null_ratio=min(ratios, default=None),
+            histogram=[a + b for a, b in zip(self.histogram, later.histogram, strict=True)])
 
     def summary(self) -> str:
         """One line: what is wrong and where, or the worst of what is right."""
@@ -79,15 +76,17 @@ def ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
 
 def judge(tensor: str, phase: str, value: np.ndarray, expected: Tracked) -> TensorVerdict:
     """Compare a float32 tensor with the reference, element by element."""
-    problem = _unfit(value, expected.value.shape)
+    problem = unfit(value, expected.value.shape)
     return missing(tensor, phase, problem) if problem else _compare(tensor, phase, value, expected)
 
 
 def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: RowGradient) -> TensorVerdict:
     """Compare a sparse gradient, its duplicates summed first. Rows left out count as zero; rows too many fail."""
-    problem = _unfit(values, (len(indices), *expected.gradient.value.shape[1:]))
+    indices = np.asarray(indices)
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
         problem = f"expected integer indices [K], found {indices.dtype}{list(indices.shape)}"
+    else:
+        problem = unfit(values, (len(indices), *expected.gradient.value.shape[1:]))
     if problem:
         return missing(tensor, "backward", problem)
     rows, sums = coalesce(indices, values)
@@ -101,7 +100,7 @@ def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: R
 
 def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: Updated, step: int) -> TensorVerdict:
     """Compare a parameter or a moment after a step; rows that the step does not concern must keep their bits."""
-    problem = _unfit(after, before.shape)
+    problem = unfit(after, before.shape)
     if problem:
         return missing(tensor, "update", problem)
     rows = slice(None) if expected.rows is None else expected.rows
@@ -109,7 +108,7 @@ def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: U
     if expected.rows is not None:
         untouched = np.ones(len(before), bool)
         untouched[rows] = False
-        changed = untouched & (before != after).reshape(len(before), -1).any(1)
+        changed = untouched & (before.view(np.int32) != after.view(np.int32)).reshape(len(before), -1).any(1)
         others = int(untouched.sum()) * (before.size // max(len(before), 1))
         verdict.elements += others
         verdict.histogram[0] += others
@@ -118,7 +117,10 @@ def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: U
     return verdict
 
 
-def _unfit(value: np.ndarray, shape: tuple[int, ...]) -> str:
+def unfit(value: object, shape: tuple[int, ...]) -> str:
+    """Why a value cannot be compared with a float32 tensor of this shape; empty where it can."""
+    if not isinstance(value, np.ndarray):
+        return f"expected a NumPy array, found {type(value).__name__}"
     if value.dtype == np.float32 and value.shape == shape:
         return ""
     return f"expected float32{list(shape)}, found {value.dtype}{list(value.shape)}"
@@ -138,8 +140,8 @@ def _compare(tensor: str, phase: str, value: np.ndarray, expected: Tracked, rows
     scale = float(np.sqrt(np.mean(expected.value**2)))
     distance = np.abs(expected.value - null)
     return TensorVerdict(
-        tensor, phase, value.size, float(ratios[place]), named, float(value[place]), float(expected.value[place]),
-        float(bound[place]), step, float(np.abs(expected.value).max()),
-        float(np.sqrt(np.mean(bound**2))) / scale if scale else 0.0,
-        float(ratio(distance, bound).max()) if distance.any() else None,
-        np.bincount(np.searchsorted(RATIO_EDGES, ratios.ravel()), minlength=len(RATIO_EDGES) + 1).tolist())
+        tensor, phase, elements=value.size, worst=float(ratios[place]), place=named, value=float(value[place]),
+        reference=float(expected.value[place]), bound=float(bound[place]), step=step,
+        tightness=float(np.sqrt(np.mean(bound**2))) / scale if scale else 0.0,
+        null_ratio=float(ratio(distance, bound).max()) if distance.any() else None,
+        histogram=np.bincount(np.searchsorted(RATIO_EDGES, ratios.ravel()), minlength=len(RATIO_EDGES) + 1).tolist())

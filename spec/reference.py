@@ -58,7 +58,7 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
     last = len(spec.top.widths) - 1
     logit = f"top.{last}.preactivation"
     losses = loss.evaluate(spec.loss, tensors[logit], probability, batch.label.astype(np.float64),
-                           engine.get("probability"))
+                           _own(engine, "probability", probability))
     tensors["loss"] = losses.loss
     if losses.kinks:
         result.kinks["probability"] = losses.kinks
@@ -66,9 +66,15 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
         if losses.dprobability is not None:
             tensors["probability_grad"] = losses.dprobability
         tensors[f"{logit}_grad"] = losses.dlogit
-        start = _decided(losses.dlogit, engine.get(f"{logit}_grad"))
+        start = _decided(losses.dlogit, _own(engine, f"{logit}_grad", losses.dlogit))
         _backward(spec, parameters, batch, wide, dense, start, result, engine)
     return result
+
+
+def _own(engine: Arrays, name: str, expected: Tracked) -> np.ndarray | None:
+    """The engine's own tensor, if it is one of the right shape. Where it is not, the judge says so."""
+    own = engine.get(name)
+    return own if isinstance(own, np.ndarray) and own.shape == expected.value.shape else None
 
 
 def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
@@ -77,7 +83,7 @@ def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
     The error of a logit's gradient is a common factor of everything behind it; as large as this, it would add
     up where the propagation by variance takes errors to be independent.
     """
-    if engine is None or engine.shape != dlogit.value.shape:
+    if engine is None:
         return dlogit
     open_ = (C * dlogit.reach > np.abs(dlogit.value)) & (np.abs(engine - dlogit.value) <= dlogit.reach)
     return Tracked(np.where(open_, engine, dlogit.value), np.where(open_, 0, dlogit.variance))
@@ -131,7 +137,7 @@ def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: E
         if f"{name}.activation" in tensors:
             tensors[f"{name}.activation_grad"] = dy
             z = tensors[f"{name}.preactivation"]
-            dy = (rounding.relu_gradient(z, dy, engine.get(f"{name}.preactivation"))
+            dy = (rounding.relu_gradient(z, dy, _own(engine, f"{name}.preactivation", z))
                   if getattr(spec, mlp).activation == "relu"
                   else rounding.sigmoid_gradient(z, tensors[f"{name}.activation"], dy))
             tensors[f"{name}.preactivation_grad"] = dy

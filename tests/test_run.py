@@ -78,6 +78,45 @@ def test_a_parameter_that_drifts_is_found(case, name):
     assert result.status == "fails" and name in {v.tensor for v in result.verdicts if not v.conforms}
 
 
+@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x.astype(np.float64), lambda x: float(x.sum())])
+@pytest.mark.parametrize("name", ["bottom.0.preactivation", "top.1.preactivation_grad", "probability", "loss",
+                                  "tables.1.weight_grad_indices", "tables.1.weight_grad_values"])
+def test_a_tensor_of_a_wrong_kind_is_a_verdict_and_no_crash(case, name, change):
+    class Odd(Rounded):
+        def trace(self, batch):
+            trace = super().trace(batch)
+            return trace | {name: change(trace[name])}
+
+    wrong, right = run_case(case, [Odd("odd"), Rounded()]).backends
+    assert wrong.status == "fails" and wrong.worst.problem
+    assert wrong.worst.tensor == name.replace("indices", "values")  # indices are judged with their values
+    assert right.status == "conforms"
+
+
+@pytest.mark.parametrize("method, name", [("parameters", "tables.0.weight"), ("optimizer_state", "top.0.bias.moment")])
+@pytest.mark.parametrize("change", [None, np.ravel, lambda x: x.astype(np.float64), lambda x: x + np.float32(0.1)])
+@pytest.mark.parametrize("late", [False, True])
+def test_training_starts_and_goes_on_from_what_it_should(case, method, name, change, late):
+    """A missing parameter or moment, one of another kind, and an accumulator that does not start at 0."""
+    class Odd(Rounded):
+        steps = 0
+
+        def train_step(self, batch):
+            self.steps += 1
+            return super().train_step(batch)
+
+    def odd(self):
+        arrays = getattr(Rounded, method)(self)
+        if name in arrays and self.steps >= late:
+            value = arrays.pop(name)
+            arrays |= {name: change(value)} if change else {}
+        return arrays
+
+    setattr(Odd, method, odd)
+    result = only(run_case(case, [Odd()]))
+    assert result.status == "fails" and result.worst.tensor == name
+
+
 def test_training_that_does_nothing_fails(case):
     class Idle(Rounded):
         def train_step(self, batch):
