@@ -26,8 +26,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _table(case: dict[str, Any]) -> Table:
     capped = f", capped: {case['rows']:,} of {case['published_rows']:,} rows" if case["capped"] else ""
-    title = (f"{case['spec']}: {case['tables']} tables{capped}; {case['data']}, batch {case['batch_size']}, "
-             f"{case['steps']} steps")
+    batch = f"batch {case['batch_size']}"
+    if case["batch_size"] != case["published_batch_size"]:
+        batch += f" (published: {case['published_batch_size']})"
+    title = f"{case['spec']}: {case['tables']} tables{capped}; {case['data']}, {batch}, {case['steps']} steps"
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("backend", "verdict", "tensors", "elements", "worst error / bound", "at", "worst against others"):
         table.add_column(name, justify="right" if name in ("tensors", "elements", "worst error / bound",

@@ -119,7 +119,7 @@ def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: U
 
 def unfit(value: object, shape: tuple[int, ...]) -> str:
     """Why a value cannot be compared with a float32 tensor of this shape; empty where it can."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray | np.generic):
         return f"expected a NumPy array, found {type(value).__name__}"
     if value.dtype == np.float32 and value.shape == shape:
         return ""
