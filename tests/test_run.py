@@ -94,7 +94,8 @@ def test_a_tensor_of_a_wrong_kind_is_a_verdict_and_no_crash(case, name, change):
 
 
 @pytest.mark.parametrize("method, name", [("parameters", "tables.0.weight"), ("optimizer_state", "top.0.bias.moment")])
-@pytest.mark.parametrize("change", [None, np.ravel, lambda x: x.astype(np.float64), lambda x: x + np.float32(0.1)])
+@pytest.mark.parametrize("change", [None, lambda x: x[None], lambda x: x.astype(np.float64),
+                                    lambda x: x + np.float32(0.1)])
 @pytest.mark.parametrize("late", [False, True])
 def test_training_starts_and_goes_on_from_what_it_should(case, method, name, change, late):
     """A missing parameter or moment, one of another kind, and an accumulator that does not start at 0."""
@@ -114,7 +115,7 @@ def test_training_starts_and_goes_on_from_what_it_should(case, method, name, cha
 
     setattr(Odd, method, odd)
     result = only(run_case(case, [Odd()]))
-    assert result.status == "fails" and result.worst.tensor == name
+    assert result.status == "fails" and name in {v.tensor for v in result.verdicts if not v.conforms}
 
 
 def test_training_that_does_nothing_fails(case):

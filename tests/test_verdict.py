@@ -92,6 +92,9 @@ def test_an_update_may_touch_its_own_rows_alone():
     right[1] += 0.5
     assert judge_update("w", before, right, expected, 1).elements == 8
     assert judge_update("w", before, right, expected, 1).conforms
+    negative_zero = right.copy()
+    negative_zero[0, 0] = -0.0
+    assert "row 0 changed" in judge_update("w", before, negative_zero, expected, 1).problem
     stray = right.copy()
     stray[3, 0] = np.nextafter(stray[3, 0], np.float32(0))
     assert "row 3 changed" in judge_update("w", before, stray, expected, 1).problem
