@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec.loss import FLOOR
 from spec.model import Loss
-
-FLOOR = float(np.float32(1e-20))
-"""Least probability whose logarithm is taken (Caffe2's LabelCrossEntropy)."""
 
 
 def mean_loss(loss: Loss, logit_B1: Tensor, probability_B1: Tensor, label_B1: Tensor) -> Tensor:

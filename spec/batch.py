@@ -6,6 +6,7 @@ import numpy as np
 
 from spec.errors import InputError
 from spec.model import ModelSpec
+from spec.tensors import batch_names
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Batch:
     def from_arrays(cls, spec: ModelSpec, named: dict[str, np.ndarray]) -> "Batch":
         """The inverse of `arrays`, checked. Raises InputError for a missing, unknown or bad array."""
         tables = range(len(spec.tables))
-        known = {"dense", "label"} | {f"tables.{n}.{part}" for n in tables for part in ("indices", "lengths")}
+        known = set(batch_names(spec))
         for name in sorted(known - named.keys()):
             raise InputError(name, "an array", "none", "a batch holds every input of the spec")
         for name in sorted(named.keys() - known):

@@ -13,7 +13,8 @@ from spec.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it on success and removed on failure.
 
-    Raises InputError where the folder cannot be made or written to.
+    Raises InputError where the folder cannot be made or written to, where `path` is a folder, and where the disk
+    is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise InputError(str(path), "a file that can be written", error.strerror, "choose another path") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,7 @@
 """ModelSpec and its files: derived sizes, capping, and one-line errors for everything that a user can get wrong."""
 
+import errno
+import os
 import re
 from importlib.resources import files
 
@@ -7,6 +9,7 @@ import pytest
 
 from spec import parameters, tensors, toml
 from spec.errors import InputError
+from spec.files import replacing
 
 TINY = files("spec").joinpath("presets/tiny.toml").read_text(encoding="utf-8")
 
@@ -126,6 +129,17 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="expected a writable folder"):
         toml.save(toml.load("tiny"), tmp_path / "file" / "my.toml")
+
+
+def test_a_folder_in_the_way_and_a_full_disk(tmp_path):
+    path = tmp_path / "my.toml"
+    path.mkdir()
+    with pytest.raises(InputError, match=r"my\.toml: expected a file that can be written, found Is a directory"):
+        toml.save(toml.load("tiny"), path)
+    path.rmdir()
+    with pytest.raises(InputError, match="found No space left on device"), replacing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_list_of_rows_makes_a_table_of_each():
