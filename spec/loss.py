@@ -58,7 +58,7 @@ def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
     linear = z * ((z > 0) - label)
     value = linear + np.log1p(np.exp(-np.abs(z)))
     sigmoid = rounding.sigmoid(logit)
-    slope = sigmoid.value - label
+    slope = sigmoid.value * (1 - label) - rounding.sigmoid_value(-z) * label  # sigmoid(z) - label, never cancelling
     terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2))
     dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * ROUND * slope**2) / batch**2)
     return LossResult(_mean(terms), None, dlogit, 0)

@@ -10,7 +10,7 @@ from conformance.run import run_case
 from spec.backend import load_backend
 from spec.errors import EngineError
 from spec.reference import evaluate
-from spec.toml import load
+from spec.toml import load, preset_names
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +148,18 @@ def test_report_is_plain_json(case):
     report = as_dict([run_case(case, [Rounded(), Rounded("wrong", faults={"loss": lambda x: x * np.nan})])])
     text = json.dumps(report, allow_nan=False)
     assert not report["conforms"] and '"worst": "inf"' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_conforms_within_bounds_that_mean_something(preset):
+    """Must show 3, on small tables and batches; `make run` shows it on larger ones."""
+    case = make_case(load(preset).capped(200), batch_size=16, steps=2)
+    result = run_case(case, [load_backend("torch"), load_backend("caffe2-aten")])
+    assert result.conforms
+    for backend in result.backends:
+        inexact = [v for v in backend.verdicts if v.tightness > 0]
+        assert len(inexact) > 50
+        assert all(v.null_ratio is None or v.null_ratio > 1 for v in backend.verdicts)
+        vague = [v.tensor for v in inexact if not 1e-3 <= v.worst <= 1 and v.elements > 100]
+        assert not vague, "a bound that no rounding comes near"
