@@ -116,7 +116,7 @@ def _caffe2(device: str) -> NetEngine:
 
 
 def _caffe2_available() -> Availability:
-    from dlrm_caffe2.engine.install import availability
+    from dlrm_caffe2.engine.venv import availability
     return availability()
 
 

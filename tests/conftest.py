@@ -8,7 +8,7 @@ import pytest
 def pytest_runtest_setup(item):
     """Tests marked `engine` skip without genuine Caffe2, and say so; where it is required, as in CI, they fail."""
     if item.get_closest_marker("engine"):
-        from dlrm_caffe2.engine.install import availability
+        from dlrm_caffe2.engine.venv import availability
 
         state = availability()
         if not state.ok:

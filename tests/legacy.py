@@ -34,7 +34,7 @@ class Job:
 def run(folder: Path, *jobs: Job) -> list[dict[str, np.ndarray]]:
     """The blobs of each job, by name. One thread, and the code path of MKL that the engine `caffe2` asks for."""
     from dlrm_caffe2.engine.blas import current_settings
-    from dlrm_caffe2.engine.install import check_installed, interpreter
+    from dlrm_caffe2.engine.venv import check_installed, interpreter
 
     environment = os.environ | {setting.variable: setting.value for setting in current_settings()}
     for number, job in enumerate(jobs):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm_caffe2.engine import install
+from dlrm_caffe2.engine import install, venv
 from dlrm_caffe2.engine.blas import mkl_settings
 from dlrm_caffe2.engine.caffe2 import Caffe2Engine
 from spec.errors import EngineError, InputError
@@ -94,8 +94,8 @@ def test_nothing_installed(machine):
 
 def test_where_the_environment_is(monkeypatch, tmp_path):
     monkeypatch.delenv("DLRM_CAFFE2_VENV", raising=False)
-    assert install.venv_path() == Path(install.__file__).parents[2] / ".venv-caffe2"
-    monkeypatch.setattr(install, "__file__", str(tmp_path / "site-packages/dlrm_caffe2/engine/install.py"))
+    assert install.venv_path() == Path(venv.__file__).parents[2] / ".venv-caffe2"
+    monkeypatch.setattr(venv, "__file__", str(tmp_path / "site-packages/dlrm_caffe2/engine/venv.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert install.venv_path() == tmp_path / "cache/dlrm-parity/venv-caffe2"
 

@@ -13,7 +13,7 @@ from operator_formulas import FORMULAS, FORMULAS_OF_CAFFE2, formula
 from operator_refusals import REFUSALS, Refusal
 
 from dlrm_caffe2.engine import NetEngine
-from dlrm_caffe2.engine.install import check_installed, interpreter
+from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.operators import OperatorError, read, records
 from dlrm_caffe2.operators.record import GradientOps, Slice, TensorType

@@ -20,7 +20,7 @@ from google.protobuf.message import EncodeError
 
 from dlrm_caffe2.engine import Arrays, protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
-from dlrm_caffe2.engine.install import check_installed, interpreter
+from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 

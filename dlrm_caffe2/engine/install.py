@@ -1,7 +1,6 @@
-"""The virtual environment of genuine Caffe2: where it is, how it is made, what is in it.
+"""How the virtual environment of genuine Caffe2 is made, and what is in it.
 
-PyTorch 1.10.2 is the last release whose wheels hold Caffe2's operators; its newest Python is 3.9. A file written last
-marks an environment that works: one without it was left half made, and is made again.
+PyTorch 1.10.2 is the last release whose wheels hold Caffe2's operators; its newest Python is 3.9.
 """
 
 import os
@@ -14,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm_caffe2.engine.blas import MKL, current_settings
-from spec.backend import Availability
+from dlrm_caffe2.engine.caffe2 import Caffe2Engine
+from dlrm_caffe2.engine.venv import INSTALL, REQUIREMENTS, availability, interpreter, mark, unsupported, venv_path
 from spec.errors import EngineError, InputError
 
-REQUIREMENTS = ("torch==1.10.2", "numpy<1.24", "protobuf<3.21", "future", "six")
 VERSIONS = ("3.9", "3.8", "3.7")
-INSTALL = "dlrm engine install"
 
-_MARKER = "dlrm-engine.txt"
-_MARK = "".join(f"{requirement}\n" for requirement in REQUIREMENTS)
 _PROBE = """
 import ensurepip, platform, sys, venv
 print(platform.python_implementation(), "%d.%d" % sys.version_info[:2], sys.executable)
@@ -44,44 +40,8 @@ class Status:
     remedy: str = ""
 
 
-def venv_path() -> Path:
-    """$DLRM_CAFFE2_VENV; else `.venv-caffe2` in the source tree; else, without one, in the user's cache folder."""
-    named = os.environ.get("DLRM_CAFFE2_VENV")
-    if named:
-        return Path(named).expanduser().absolute()
-    root = Path(__file__).parents[2]
-    if (root / "pyproject.toml").exists():
-        return root / ".venv-caffe2"
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().absolute() / "dlrm-parity" / "venv-caffe2"
-
-
-def interpreter(venv: Path) -> Path:
-    return venv / "bin" / "python"
-
-
-def availability() -> Availability:
-    """Looks for the mark alone and starts nothing."""
-    path = venv_path()
-    if _marked(path):
-        return Availability(True)
-    if _unsupported():
-        return Availability(False, _unsupported(), "use a machine with Linux on x86_64")
-    return Availability(False, f"genuine Caffe2 is not installed in {path}", INSTALL)
-
-
-def check_installed() -> Path:
-    """The environment. Raises EngineError where there is none."""
-    state = availability()
-    if not state.ok:
-        raise EngineError(f"genuine Caffe2: {state.reason}; {state.remedy}")
-    return venv_path()
-
-
 def status() -> Status:
     """Starts the engine, if it is installed, and asks it."""
-    from dlrm_caffe2.engine.caffe2 import Caffe2Engine
-
     path = venv_path()
     state = availability()
     if not state.ok:
@@ -102,7 +62,7 @@ def find_python() -> Path | None:
 
     Raises InputError where $DLRM_CAFFE2_PYTHON names something else.
     """
-    if _unsupported():
+    if unsupported():
         return None
     named = os.environ.get("DLRM_CAFFE2_PYTHON")
     if named:
@@ -122,9 +82,9 @@ def install(python: Path | None = None, path: Path | None = None) -> Path:
     """
     path = path or venv_path()
     if interpreter(path).exists() and _works(path):
-        (path / _MARKER).write_text(_MARK)
+        mark(path)
         return path
-    if _unsupported():
+    if unsupported():
         raise InputError("genuine Caffe2", "Linux on x86_64", f"{platform.system()} on {platform.machine()}",
                          "run the same nets with --backend caffe2-aten")
     python = _check_python(python, "--python") if python else find_python()
@@ -141,23 +101,8 @@ def install(python: Path | None = None, path: Path | None = None) -> Path:
         raise InputError(str(path), "a folder that can be made", error.strerror,
                          "set DLRM_CAFFE2_VENV to another one") from None
     _start_once(path)
-    (path / _MARKER).write_text(_MARK)
+    mark(path)
     return path
-
-
-def _unsupported() -> str:
-    """Why there are no wheels for this platform; empty where there are."""
-    system, machine = platform.system(), platform.machine()
-    if (system, machine) == ("Linux", "x86_64"):
-        return ""
-    return f"genuine Caffe2 comes in wheels for Linux on x86_64 alone, and this is {system} on {machine}"
-
-
-def _marked(path: Path) -> bool:
-    try:
-        return (path / _MARKER).read_text() == _MARK and interpreter(path).exists()
-    except OSError:
-        return False
 
 
 def _candidates() -> Iterator[str]:
@@ -213,8 +158,6 @@ def _run(command: list) -> None:
 
 
 def _start_once(path: Path) -> None:
-    from dlrm_caffe2.engine.caffe2 import Caffe2Engine
-
     Caffe2Engine(venv=path).close()
 
 
