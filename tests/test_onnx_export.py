@@ -21,6 +21,7 @@ from dlrm_caffe2.operators import records
 from dlrm_caffe2.operators.rules import no_gradient
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
+from spec.backend import load_backend
 from spec.data.random import random_batch
 from spec.errors import EngineError, InputError
 from spec.parameters import initial_parameters
@@ -303,6 +304,18 @@ def test_engine_runs_with_parameters_fed_anew(engine: OnnxEngine):
     np.testing.assert_array_equal(engine.run("scaled", {"x": x}, ["y"])["y"], 3 * x)
     w[:] = 0
     np.testing.assert_array_equal(engine.fetch(["w"])["w"], [3])
+
+
+def test_engine_passes_constants_that_would_not_fit_into_a_model(tiny, monkeypatch):
+    spec, parameters, _ = tiny
+    batch = random_batch(spec, 9, 0, 0)
+    backend = load_backend("caffe2-onnx")
+    expected = backend.create(spec, parameters).trace(batch)
+    monkeypatch.setattr("dlrm_caffe2.engine.onnxruntime._MOST_CONSTANTS", 1000)
+    found = backend.create(spec, parameters).trace(batch)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_engine_errors(engine: OnnxEngine):

@@ -15,7 +15,8 @@ from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
 
 _PROVIDER = "CPUExecutionProvider"
-_MESSAGE_BYTES = 2**31
+_MOST_CONSTANTS = 2**31 - 2**24
+"""Bytes: protobuf's limit for a model, with room for its nodes."""
 _CONTAINERS = ("If", "Loop", "Scan")
 
 
@@ -37,7 +38,8 @@ class _Kept(NamedTuple):
 
 class OnnxEngine:
     """A NetEngine on ONNX Runtime. A net is exported when it is first run, with all blobs that are not fed then as
-    its constants, and again after one of these has been fed anew.
+    its constants, and again after one of these has been fed anew. Constants that would not fit into a model are
+    passed to it at each run.
 
     What a net computes is returned where it is asked for, and not kept as a blob.
     """
@@ -131,22 +133,21 @@ class OnnxEngine:
 
     def _model(self, key: _Key) -> Any:
         """The net as an ONNX model. No two sizes are taken to be equal: nothing says which are."""
-        inputs, sizes = {}, {}
-        for blob in key.inputs:
+        inputs, sizes, constants = {}, {}, self._constants(key)
+        if sum(array.nbytes for array in constants.values()) > _MOST_CONSTANTS:
+            constants = {}
+        for blob in dict.fromkeys((*key.inputs, *self._nets[key.net].read)):
+            if blob in constants:
+                continue
             array = self._blobs[blob]
             names = tuple(f"{blob}.{axis}" for axis in range(array.ndim))
             inputs[blob] = Axes(array.dtype, names)
             sizes |= zip(names, array.shape, strict=True)
-        return export_net(self._nets[key.net].net, self._constants(key), inputs, key.outputs, sizes)
+        return export_net(self._nets[key.net].net, constants, inputs, key.outputs, sizes)
 
     def _session(self, key: _Key, profile: Path | None = None) -> Any:
         import onnxruntime
 
-        constants = self._constants(key)
-        size = sum(array.nbytes for array in constants.values())
-        if size >= _MESSAGE_BYTES:
-            raise EngineError(f"net '{key.net}': expected less than 2 GiB of constants, found {size / 2**30:.1f}; "
-                              "cap the tables with --max-rows")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
