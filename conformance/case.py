@@ -8,7 +8,7 @@ from typing import get_args
 from spec.batch import Batch
 from spec.data import open_batches
 from spec.model import ModelSpec, Optimizer
-from spec.parameters import Arrays, initial_parameters
+from spec.parameters import Arrays, check_memory, initial_parameters
 from spec.reference import Evaluation, evaluate
 
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer.model_fields["kind"].annotation)
@@ -55,9 +55,17 @@ MOST_SAMPLES = 256
 
 def make_case(spec: ModelSpec, source: str = "random", seed: int = 0, batch_size: int | None = None,
               steps: int = 10, optimizers: Sequence[str] = OPTIMIZERS) -> Case:
-    """Draw parameters and read batches. Raises InputError for bad data."""
+    """Draw parameters and read batches. Raises InputError for bad data, and for a model too large to be judged here."""
+    check_memory(spec, _copies(optimizers if steps else ()))
     stream = open_batches(source, spec, batch_size or min(spec.batch_size, MOST_SAMPLES), seed)
     batches = list(itertools.islice(stream, max(steps, 1)))
     for batch in batches:
         batch.validate(spec)
     return Case(spec, initial_parameters(spec, seed), batches, tuple(optimizers) if steps else (), source, seed)
+
+
+def _copies(optimizers: Sequence[str]) -> int:
+    """How often the parameters are in memory at once: the case's, the model's, those before and after a step, and
+    those on their way between processes. Adagrad's state is as large as they are."""
+    held = 2 if "adagrad" in optimizers else 1
+    return 2 + 3 * held if optimizers else 3

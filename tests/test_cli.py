@@ -113,6 +113,13 @@ def test_other_bad_options_are_one_line(arguments):
         arguments if "--backend" in arguments else ["--backend", "torch", *arguments]))
 
 
+@pytest.mark.parametrize("arguments", [["conform"], ["export", "--out", "never-made"]])
+def test_a_model_larger_than_the_memory(arguments, monkeypatch):
+    monkeypatch.setattr("spec.parameters._memory", lambda: 2**30)
+    assert re.match(r"spec 'criteo-kaggle': expected .*parameters that fit into 1.0 GiB of memory, found [\d.]+ GiB; "
+                    "cap the tables with --max-rows", refused(arguments[0], "criteo-kaggle", *arguments[1:]))
+
+
 def test_unwritable_folders(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
