@@ -94,7 +94,7 @@ def _net(spec: ModelSpec, name: str, operators: Iterable[OperatorDef], outputs: 
 
 def _fill(name: str, array: np.ndarray) -> OperatorDef:
     type = "GivenTensorInt64Fill" if array.dtype == np.int64 else "GivenTensorFill"
-    return make_operator(type, [], [name], shape=array.shape, values=array.ravel().tolist())
+    return make_operator(type, [], [name], shape=array.shape, values=array.ravel())
 
 
 def _differentiated(spec: ModelSpec) -> tuple[NetDef, dict[str, str | Slice]]:

@@ -1,4 +1,4 @@
-"""Reading and writing the messages of caffe2.proto: arguments, operators, tensors, net files."""
+"""Reading and writing the messages of caffe2.proto: arguments, operators, net files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,27 +19,29 @@ DTYPES = {
 }
 DATA_TYPES = {dtype: number for number, dtype in DTYPES.items()}
 
+_CHUNK = 1 << 20
+"""Numbers of an array that are converted at a time: as Python's own they take ten times its memory."""
+
 
 def make_argument(name: str, value: Any) -> Argument:
-    """int -> i, float -> f, str or bytes -> s; a list of them -> ints, floats, strings.
+    """int -> i, float -> f, str or bytes -> s; a list, tuple or one-dimensional array of numbers -> ints or floats.
 
     The field matters: Caffe2 refuses an int in `f` and a float in `i`. An empty list is written as no value.
     """
     argument = Argument(name=name)
-    many = isinstance(value, list | tuple | np.ndarray)
-    values = list(value) if many else [value]
-    values = [v.encode() if isinstance(v, str) else v.item() if isinstance(v, np.generic) else v for v in values]
-    kinds = {type(v) for v in values} or {int}
-    if kinds <= {int, bool}:
-        field = "i"
-    elif kinds <= {float, int}:
-        field = "f"
+    if isinstance(value, np.ndarray):
+        numbers = argument.floats if value.dtype.kind == "f" else argument.ints
+        for start in range(0, len(value), _CHUNK):
+            numbers.extend(value[start:start + _CHUNK].tolist())
+    elif isinstance(value, list | tuple):
+        whole = all(isinstance(number, int | np.integer) for number in value)
+        (argument.ints if whole else argument.floats).extend(value)
+    elif isinstance(value, str | bytes):
+        argument.s = value.encode() if isinstance(value, str) else value
+    elif isinstance(value, float | np.floating):
+        argument.f = value
     else:
-        field = "s"
-    if many:
-        getattr(argument, {"i": "ints", "f": "floats", "s": "strings"}[field]).extend(values)
-    else:
-        setattr(argument, field, values[0])
+        argument.i = value
     return argument
 
 
@@ -51,15 +53,6 @@ def make_operator(type: str, inputs: Iterable[str], outputs: Iterable[str], *, g
     if gradient:
         operator.is_gradient_op = True
     return operator
-
-
-def array_from_tensor(tensor: TensorProto) -> np.ndarray:
-    """The values of a TensorProto, in its own dtype and shape. Raises ValueError for other data types."""
-    if tensor.data_type not in DTYPES:
-        raise ValueError(f"data type {tensor.data_type} is not supported")
-    fields = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data", TensorProto.INT64: "int64_data"}
-    values = getattr(tensor, fields.get(tensor.data_type, "int32_data"))
-    return np.array(values, DTYPES[tensor.data_type]).reshape(tuple(tensor.dims))
 
 
 def read_net(path: Path) -> NetDef:

@@ -6,8 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
-
-Arrays = dict[str, np.ndarray]
+from spec.parameters import Arrays
 
 
 class NetEngine(Protocol):

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dlrm_caffe2.check import check_net, operator_name
-from dlrm_caffe2.engine import Arrays
 from dlrm_caffe2.operators import Node, Operator, OperatorError, record
 from dlrm_caffe2.operators.record import TensorType
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
+from spec.parameters import Arrays
 
 
 @dataclass

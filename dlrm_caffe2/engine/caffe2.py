@@ -18,11 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from google.protobuf.message import EncodeError
 
-from dlrm_caffe2.engine import Arrays, protocol
+from dlrm_caffe2.engine import protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
 from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
+from spec.parameters import Arrays
 
 WORKER = Path(__file__).with_name("worker.py")
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_caffe2.engine import Arrays
 from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs, outside
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
+from spec.parameters import Arrays
 
 _PROVIDER = "CPUExecutionProvider"
 _MOST_CONSTANTS = 2**31 - 2**24
