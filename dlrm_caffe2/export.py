@@ -12,7 +12,7 @@ import numpy as np
 
 from dlrm_caffe2.check import check_net, operator_name
 from dlrm_caffe2.model import constants, init_net, predict_net, train_net
-from dlrm_caffe2.net import write_net
+from dlrm_caffe2.net import outside_blobs, write_net
 from dlrm_caffe2.operators import Node, OperatorError, record
 from dlrm_caffe2.operators.lowering import DOMAIN, OPSET, onnx_type
 from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, TensorType
@@ -31,6 +31,7 @@ IR_VERSION = 8
 
 EMBEDDED_BYTES = 2**30
 """Initializers above this are written to a file of their own: protobuf ends at 2 GiB."""
+
 
 class Axes(NamedTuple):
     """A type whose sizes may differ from run to run: those have a name, or "" where nothing is known."""
@@ -113,7 +114,7 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
     types = _value_types(net, nodes, blobs, inputs, sizes)
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
-    used = outside(nodes)
+    used = outside_blobs(net.op)
     initializers, offset = [], 0
     for name, array in blobs.items():
         if name in used:
@@ -145,7 +146,7 @@ def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
     if missing:
         raise InputError(f"net '{net.name}'", "operators that have an ONNX lowering", ", ".join(missing),
                          "export a net that only predicts")
-    written = set(outside(nodes))
+    written = set(outside_blobs(net.op))
     for node in nodes:
         for name in node.outputs:
             if name in written:
@@ -153,15 +154,6 @@ def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
                                  f"'{name}' overwritten by {node.type}", "give the output a name of its own")
             written.add(name)
     return nodes
-
-
-def outside(nodes: Sequence[Node]) -> tuple[str, ...]:
-    """The blobs that are read before any operator writes them."""
-    read, written = {}, set()
-    for node in nodes:
-        read |= dict.fromkeys(name for name in node.inputs if name not in written)
-        written.update(node.outputs)
-    return tuple(read)
 
 
 def inline(model: "onnx.ModelProto") -> "onnx.ModelProto":

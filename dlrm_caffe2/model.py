@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dlrm_caffe2.gradient import add_gradients
-from dlrm_caffe2.net import DATA_TYPES, make_operator
+from dlrm_caffe2.net import DATA_TYPES, make_operator, outside_blobs
 from dlrm_caffe2.operators.record import INT32, Slice
 from dlrm_caffe2.optimizer import optimizer_constants, update_operators
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
@@ -83,10 +83,7 @@ def trace_blobs(spec: ModelSpec) -> dict[str, str]:
 def _net(spec: ModelSpec, name: str, operators: Iterable[OperatorDef], outputs: Iterable[str]) -> NetDef:
     """External inputs are the blobs that are read before they are written; the batch's come first."""
     net = NetDef(name=f"{spec.name}_{name}", op=operators, external_output=outputs)
-    inputs, written = {}, set()
-    for operator in net.op:
-        inputs |= dict.fromkeys(blob for blob in operator.input if blob not in written)
-        written.update(operator.output)
+    inputs = outside_blobs(net.op)
     batch = [blob for blob in batch_names(spec) if blob in inputs]
     net.external_input.extend(dict.fromkeys([*batch, *inputs]))
     return net

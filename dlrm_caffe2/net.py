@@ -55,6 +55,15 @@ def make_operator(type: str, inputs: Iterable[str], outputs: Iterable[str], *, g
     return operator
 
 
+def outside_blobs(operators: Iterable[OperatorDef]) -> tuple[str, ...]:
+    """The blobs that are read before any of the operators writes them."""
+    read, written = {}, set()
+    for operator in operators:
+        read |= dict.fromkeys(blob for blob in operator.input if blob not in written)
+        written.update(operator.output)
+    return tuple(read)
+
+
 def read_net(path: Path) -> NetDef:
     """Parse a .pb file. Raises InputError where it is missing, corrupted or holds no operator."""
     try:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs, outside
+from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs
+from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
 from spec.parameters import Arrays
@@ -79,7 +80,7 @@ class OnnxEngine:
             nodes = check_exportable(net, self._blobs.keys())
         except InputError as error:
             raise EngineError(str(error)) from error
-        self._nets[net.name] = _Kept(NetDef.FromString(net.SerializeToString()), outside(nodes),
+        self._nets[net.name] = _Kept(NetDef.FromString(net.SerializeToString()), outside_blobs(net.op),
                                      frozenset(name for node in nodes for name in node.outputs))
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
