@@ -1,6 +1,7 @@
 """The house itself: import directions, lint, and the public names."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,9 @@ def test_help_loads_no_framework():
 @pytest.mark.slow
 def test_a_wheel_runs_in_an_environment_of_its_own(tmp_path):
     """Built from a copy of the tree, installed beside the libraries of this environment, away from the tree."""
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT], check=True,
+    tree = tmp_path / "tree"  # setuptools would put what an earlier build left in build/ into the wheel
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "tests"))
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree], check=True,
                    capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

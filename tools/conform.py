@@ -49,7 +49,7 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
         reports.write_json(report, path)
     if html_path:
         write_html(report, html_path)
-    print_report(report, Console(width=None if sys.stdout.isatty() else 160))
+    print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
     return report["conforms"]
 
 
