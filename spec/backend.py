@@ -7,7 +7,7 @@ The training loop, the benchmark and the conformance suite are written once agai
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class Model(Protocol):
         """Free the engine: processes end, memory is returned. Idempotent."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     name: str
     trains: bool
@@ -95,7 +96,11 @@ def load_backend(name: str) -> Backend:
 def _import_backend(path: str) -> Backend:
     module, _, attribute = path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        backend = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"backend '{path}'", "module:attribute that can be imported", error,
                          "check the spelling and PYTHONPATH") from None
+    if not isinstance(backend, Backend):
+        raise InputError(f"backend '{path}'", "an object with the attributes of spec.backend.Backend",
+                         type(backend).__name__, "name an instance that has them")
+    return backend

@@ -122,6 +122,12 @@ def test_a_model_larger_than_the_memory(arguments, monkeypatch):
                     "cap the tables with --max-rows", refused(arguments[0], "criteo-kaggle", *arguments[1:]))
 
 
+def test_an_import_that_is_no_backend():
+    assert refused("conform", "tiny", "--backend", "os:path") == (
+        "backend 'os:path': expected an object with the attributes of spec.backend.Backend, found module; "
+        "name an instance that has them")
+
+
 def test_unwritable_folders(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

@@ -23,6 +23,6 @@ def test_a_fault_fails_the_command_and_is_named(backend, tensor, tmp_path):
     assert judged["status"] == "fails" and judged["worst"]["tensor"] == tensor
 
 
-def test_the_same_backend_without_a_fault_passes(tmp_path):
+def test_the_same_backend_without_a_fault_passes():
     result = CliRunner().invoke(main, ["conform", "tiny", "--backend", "torch", "--steps", "2"])
     assert result.exit_code == 0, result.output

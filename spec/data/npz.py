@@ -30,7 +30,8 @@ def read_batch(spec: ModelSpec, path: Path) -> Batch:
     except OSError as error:
         raise InputError(str(path), "a readable file", error.strerror or error, "check the path") from None
     except _UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # of NumPy's text the first sentence alone: the next one recommends to load pickles
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise InputError(str(path), "an .npz archive of plain arrays", f"something else ({reason})",
                          "write it with numpy.savez") from None
     try:
