@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
+
 from spec.batch import Batch
 from spec.data import open_batches
+from spec.memory import check_memory
 from spec.model import ModelSpec, Optimizer
-from spec.parameters import Arrays, check_memory, initial_parameters
+from spec.parameters import Arrays, initial_parameters, parameter_bytes
 from spec.reference import Evaluation, evaluate
 
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer.model_fields["kind"].annotation)
@@ -56,12 +59,26 @@ MOST_SAMPLES = 256
 def make_case(spec: ModelSpec, source: str = "random", seed: int = 0, batch_size: int | None = None,
               steps: int = 10, optimizers: Sequence[str] = OPTIMIZERS) -> Case:
     """Draw parameters and read batches. Raises InputError for bad data, and for a model too large to be judged here."""
-    check_memory(spec, _copies(optimizers if steps else ()))
-    stream = open_batches(source, spec, batch_size or min(spec.batch_size, MOST_SAMPLES), seed)
+    size = batch_size or min(spec.batch_size, MOST_SAMPLES)
+    where = f"spec '{spec.name}'"
+    copies = _copies(optimizers if steps else ())
+    check_memory(where, f"{copies} copies of the parameters", parameter_bytes(spec) * copies,
+                 "cap the tables with --max-rows")
+    check_memory(where, f"activations of {size:,} samples", size * _sample_bytes(spec), "use a smaller --batch-size")
+    stream = open_batches(source, spec, size, seed)
     batches = list(itertools.islice(stream, max(steps, 1)))
     for batch in batches:
         batch.validate(spec)
     return Case(spec, initial_parameters(spec, seed), batches, tuple(optimizers) if steps else (), source, seed)
+
+
+def _sample_bytes(spec: ModelSpec) -> int:
+    """Of the reference: a value and a variance of float64, for each activation and for its gradient."""
+    numbers = sum(2 * outputs for layers in spec.layer_sizes.values() for _, outputs in layers)
+    lookups = sum(np.max(table.lookups) for table in spec.tables)
+    numbers += spec.dense_features + spec.interaction_width + spec.interacting_vectors**2
+    numbers += (2 * spec.interacting_vectors + int(lookups)) * spec.embedding_dim
+    return 2 * 2 * 8 * numbers
 
 
 def _copies(optimizers: Sequence[str]) -> int:

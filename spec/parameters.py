@@ -1,13 +1,12 @@
 """Names, shapes and seeded initial values of parameters and of optimizer state (SPEC.md, 2 and 7)."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 
 from spec.counter import uniform
 from spec.errors import InputError
+from spec.memory import check_memory
 from spec.model import ModelSpec
 
 Arrays = dict[str, np.ndarray]
@@ -83,27 +82,13 @@ def initial_parameter(spec: ModelSpec, name: str, seed: int = 0) -> np.ndarray:
 
 def initial_parameters(spec: ModelSpec, seed: int = 0) -> Arrays:
     """Every parameter, float32, by name. Raises InputError where they do not fit into memory."""
-    check_memory(spec)
+    check_memory(f"spec '{spec.name}'", "parameters", parameter_bytes(spec), "cap the tables with --max-rows")
     return {name: initial_parameter(spec, name, seed) for name in parameter_shapes(spec)}
 
 
-def check_memory(spec: ModelSpec, copies: int = 1) -> None:
-    """Raise InputError where so many copies of the parameters need more memory than there is: the system would end
-    the process without a word."""
-    needed = copies * 4 * sum(math.prod(shape) for shape in parameter_shapes(spec).values())
-    memory = _memory()
-    if needed > memory:
-        what = "parameters" if copies == 1 else f"{copies} copies of the parameters"
-        raise InputError(f"spec '{spec.name}'", f"{what} that fit into {memory / 2**30:.1f} GiB of memory",
-                         f"{needed / 2**30:.1f} GiB", "cap the tables with --max-rows")
-
-
-def _memory() -> int:
-    """Bytes that this process may use: the machine's, or those of its control group where they are fewer."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(machine, int(text)) if text.isdecimal() else machine
+def parameter_bytes(spec: ModelSpec) -> int:
+    """Bytes of all parameters, as float32."""
+    return 4 * sum(math.prod(shape) for shape in parameter_shapes(spec).values())
 
 
 def check_parameters(spec: ModelSpec, parameters: Arrays) -> None:

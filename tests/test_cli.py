@@ -117,9 +117,14 @@ def test_other_bad_options_are_one_line(arguments):
 
 @pytest.mark.parametrize("arguments", [["conform"], ["export", "--out", "never-made"]])
 def test_a_model_larger_than_the_memory(arguments, monkeypatch):
-    monkeypatch.setattr("spec.parameters._memory", lambda: 2**30)
+    monkeypatch.setattr("spec.memory._memory", lambda: 2**30)
     assert re.match(r"spec 'criteo-kaggle': expected .*parameters that fit into 1.0 GiB of memory, found [\d.]+ GiB; "
                     "cap the tables with --max-rows", refused(arguments[0], "criteo-kaggle", *arguments[1:]))
+
+
+def test_a_batch_larger_than_the_memory():
+    assert re.match(r"spec 'tiny': expected activations of 100,000,000 samples that fit into [\d.]+ GiB of memory, "
+                    r"found [\d.]+ GiB; use a smaller --batch-size", refused("conform", "tiny", "--batch-size", 10**8))
 
 
 def test_an_import_that_is_no_backend():

@@ -14,7 +14,7 @@ PUBLIC = {
     "spec.model": {"ModelSpec", "Table", "MLP", "Interaction", "Loss", "Optimizer"},
     "spec.toml": {"load", "loads", "dumps", "save", "schema", "preset_names"},
     "spec.parameters": {"parameter_shapes", "fixed_parameters", "trained_parameters", "is_sparse", "moment_name",
-                        "state_shapes", "initial_state", "check_memory", "check_parameters",
+                        "state_shapes", "initial_state", "parameter_bytes", "check_parameters",
                         "initial_parameter", "initial_parameters"},
     "spec.tensors": {"batch_names", "activations", "activation_gradients", "slice_names", "parameter_gradients",
                      "trace_names"},

@@ -33,10 +33,10 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
                              availability.remedy)
     html_path = out / "report.html" if out else None
     json_paths = [path for path in (json_path, out / "report.json" if out else None) if path]
+    cases = [make_case(spec, source, seed, batch_size, steps, optimizers) for spec in specs]
     for path in [*json_paths, html_path]:
         if path:
             _check_writable(path)
-    cases = [make_case(spec, source, seed, batch_size, steps, optimizers) for spec in specs]
     with _progress() as progress:
         task = progress.add_task("", total=sum(steps_to_run(case, backends) for case in cases))
         results = []
