@@ -123,10 +123,11 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parameters.")
-@click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx"]),
-              help="What to write; repeat for both.  [default: both]")
+@click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
+              help="What to write; repeat for several.  [default: netdef, onnx]")
 def export(name: str, out: Path, max_rows: int | None, seed: int, formats: tuple[str, ...]) -> None:
-    """Write a model as Caffe2 NetDefs (init, predict, train) and as ONNX (predict; with functions, and inlined)."""
+    """Write a model as Caffe2 NetDefs (init, predict, train), as ONNX of the predict net (with functions, and
+    inlined), and as ONNX of the PyTorch modules (torch-onnx)."""
     from tools.export import run
     for path in run(_load(name, max_rows), out, seed, formats or ("netdef", "onnx")):
         click.echo(path)

@@ -1,0 +1,213 @@
+"""The model in a file: an ONNX model of ONNX's own operators, for any batch and any number of lookups.
+
+torch.onnx.export translates the modules, but for the embedding bags, of which it makes a loop over samples. Here a
+bag of fixed size is Gather and ReduceSum, and a ragged one is a node of its own (`torch.onnx.ops.symbolic`), whose
+body (ragged.py) is inlined afterwards. That takes neither a custom operator nor a translation table.
+
+The graph does not depend on the parameters: it is exported with tables of one row, unoptimised, since PyTorch's
+optimiser merges initializers that are equal and folds those that it can, and the parameters are put in afterwards
+under their own names. So tables of any size are never copied in memory, and each activation keeps its name.
+"""
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, inliner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlrm_torch import ragged
+from dlrm_torch.embedding import EmbeddingBag
+from dlrm_torch.model import DLRM
+from spec import toml
+from spec.errors import EngineError
+from spec.files import replacing, write_bytes
+from spec.model import ModelSpec, Table
+from spec.parameters import Arrays, check_parameters, parameter_shapes
+from spec.tensors import batch_names, trace_names
+
+OPSET = 18
+IR_VERSION = 8
+"""The newest that ONNX Runtime 1.16 reads."""
+
+EMBEDDED_BYTES = 2**30
+"""Parameters above this are written to a file of their own: protobuf ends at 2 GiB."""
+
+
+def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
+    """Write the model that predicts as model.torch.onnx; the paths written.
+
+    Raises InputError for parameters that are not the spec's and where the folder cannot be written to, EngineError
+    where PyTorch's exporter fails.
+    """
+    return write_model(forward_model(spec), spec, parameters, folder / "model.torch.onnx", ["probability"])
+
+
+def forward_model(spec: ModelSpec) -> onnx.ModelProto:
+    """The model without its parameters, which are initializers that `write_model` adds.
+
+    Inputs: dense, and indices and lengths of each table, as in `spec.batch`. Outputs: every activation of
+    `spec.tensors.trace_names` without gradients. Raises EngineError where PyTorch's exporter fails.
+    """
+    small = spec.capped(1)
+    module = _Traced(small).eval().requires_grad_(False)
+    batch = torch.export.Dim("B")
+    lookups, axes = [], []
+    for number, table in enumerate(small.tables):
+        k = table.fixed_lookups
+        of_batch = {1: batch, None: torch.export.Dim(f"tables_{number}_lookups")}
+        lookups.append((torch.zeros(3 * (k or 2), dtype=torch.int64), torch.full((3,), k or 2, dtype=torch.int32)))
+        axes.append(({0: of_batch[k] if k in of_batch else k * batch}, {0: batch}))
+    inputs = [name for name in batch_names(spec) if name != "label"]
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module, (torch.zeros(3, spec.dense_features), lookups), dynamic_shapes=({0: batch}, axes),
+                input_names=inputs, output_names=list(trace_names(spec, gradients=False)),
+                dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+        except (ImportError, torch.onnx.errors.OnnxExporterError) as error:
+            raise EngineError(f"torch.onnx.export of PyTorch {torch.__version__}: "
+                              f"{str(error).splitlines()[0]}") from error
+        exported = program.model_proto
+    return _assemble(spec, exported)
+
+
+def write_model(model: onnx.ModelProto, spec: ModelSpec, parameters: Arrays, path: Path,
+                outputs: Collection[str]) -> list[Path]:
+    """Write a `forward_model` with its parameters and some of its outputs; the paths written.
+
+    Parameters above EMBEDDED_BYTES go to a second file beside it, `path` with the suffix .data. Raises InputError
+    for parameters that are not the spec's and where the folder cannot be written to.
+    """
+    check_parameters(spec, parameters)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for value in model.graph.output:
+        if value.name not in outputs:
+            result.graph.output.remove(value)
+            result.graph.value_info.append(value)
+    external = path.with_suffix(".data")
+    embedded = sum(array.nbytes for array in parameters.values()) <= EMBEDDED_BYTES
+    offset = 0
+    for name, array in parameters.items():
+        tensor = result.graph.initializer.add(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
+        if embedded:
+            tensor.raw_data = _little_endian(array).tobytes()
+        else:
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in {"location": external.name, "offset": offset, "length": array.nbytes}.items():
+                tensor.external_data.add(key=key, value=str(value))
+        offset += array.nbytes
+    if not embedded:
+        with replacing(external) as temporary, temporary.open("wb") as file:
+            for array in parameters.values():
+                _little_endian(array).tofile(file)
+    write_bytes(path, result.SerializeToString(deterministic=True))
+    return [path] if embedded else [external, path]
+
+
+class _Bag(EmbeddingBag):
+    """An EmbeddingBag as it is exported."""
+
+    def forward(self, indices: Tensor, lengths_B: Tensor) -> Tensor:
+        (batch,), width, k = lengths_B.shape, self.weight.shape[1], self.table.fixed_lookups
+        weights = self.pooling.index_select(0, indices) if self.table.weighted else None
+        if k is None:
+            operator, inputs = ragged.SUM, (self.weight, indices, lengths_B)
+            if weights is not None:
+                operator, inputs = ragged.WEIGHTED_SUM, (self.weight, weights, indices, lengths_B)
+            pooled_BE = torch.onnx.ops.symbolic(operator, inputs, dtype=torch.float32, shape=(batch, width), version=1)
+        else:
+            pooled_BE = F.embedding(indices, self.weight)
+            if weights is not None:
+                pooled_BE = pooled_BE * weights.unsqueeze(1)
+            if k > 1:
+                pooled_BE = pooled_BE.view(batch, k, width).sum(1)
+        if self.table.pooling == "mean" and k != 1:
+            # Not a division: the spec multiplies by the rounded 1/n.
+            pooled_BE = pooled_BE * lengths_B.clamp(min=1).to(torch.float32).reciprocal().unsqueeze(1)
+        return pooled_BE
+
+
+class _Traced(DLRM):
+    """A DLRM with bags that can be exported, which returns all its activations in the order of their names."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.tables = nn.ModuleList(_Bag(table, spec.embedding_dim) for table in spec.tables)
+
+    def forward(self, dense_BD: Tensor, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, x: Tensor) -> Tensor:
+            seen[name] = x
+            return x
+
+        indices, lengths = zip(*lookups, strict=True)
+        self.outputs(dense_BD, indices, lengths, keep)
+        return [seen[name] for name in trace_names(self.spec, gradients=False)]
+
+
+def _assemble(spec: ModelSpec, exported: onnx.ModelProto) -> onnx.ModelProto:
+    """What was exported, without the stand-ins of the parameters, the functions inlined, and the spec attached."""
+    parameters = parameter_shapes(spec)
+    for node in exported.graph.node:
+        del node.metadata_props[:]  # where in the source each came from: paths of this machine
+    graph = helper.make_graph(
+        exported.graph.node, spec.name,
+        [_value(value, _input_doc(spec, value.name)) for value in exported.graph.input],
+        [_value(value) for value in exported.graph.output],
+        [tensor for tensor in exported.graph.initializer if tensor.name not in parameters])
+    model = helper.make_model(graph, ir_version=IR_VERSION, producer_name="dlrm-parity",
+                              functions=ragged.functions(OPSET), opset_imports=exported.opset_import)
+    model = inliner.inline_local_functions(model)
+    del model.opset_import[:]
+    model.opset_import.add(domain="", version=OPSET)
+    model.doc_string = f"DLRM '{spec.name}': {spec.description}" if spec.description else f"DLRM '{spec.name}'"
+    for key, value in {"spec": toml.dumps(spec), "digest": spec.digest}.items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def _value(value: onnx.ValueInfoProto, doc: str = "") -> onnx.ValueInfoProto:
+    """Renames the axes of lookups, whose names had to be Python's."""
+    kind = value.type.tensor_type
+    shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
+    if len(shape) == 1 and str(shape[0]).endswith("_lookups"):
+        shape = [shape[0].replace("_", ".")]
+    return helper.make_tensor_value_info(value.name, kind.elem_type, shape, doc)
+
+
+def _input_doc(spec: ModelSpec, name: str) -> str:
+    if name == "dense":
+        return "continuous features"
+    _, number, part = name.split(".")
+    table: Table = spec.tables[int(number)]
+    if part == "indices":
+        return f"rows that are looked up, sample by sample, each from 0 to {table.rows - 1}"
+    how_many = "0 is allowed" if table.fixed_lookups is None else f"always {table.fixed_lookups}"
+    return f"how many of the indices belong to each sample; {how_many}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch says to its own developers: deprecations, and that torchvision is missing."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _little_endian(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))

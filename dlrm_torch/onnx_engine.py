@@ -1,0 +1,101 @@
+"""What runs the exported model: ONNX Runtime, one session that predicts and one that returns every activation."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from dlrm_torch.export import OPSET, forward_model, write_model
+from spec.batch import Batch
+from spec.errors import EngineError
+from spec.model import ModelSpec
+from spec.parameters import Arrays, check_parameters
+from spec.tensors import trace_names
+
+_PROVIDER = "CPUExecutionProvider"
+_CONTAINERS = ("If", "Loop", "Scan")
+
+
+class OnnxModel:
+    """One model of `spec.backend.Model`, from files in a temporary folder. Batches are validated before they are used.
+
+    A session is made when it is first used.
+    """
+
+    def __init__(self, spec: ModelSpec, parameters: Arrays) -> None:
+        check_parameters(spec, parameters)
+        self.spec = spec
+        self.engine = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, exported by PyTorch "
+                       f"{torch.__version__}, {torch.get_num_threads()} threads")
+        self._parameters = {name: array.copy() for name, array in parameters.items()}
+        self._model = forward_model(spec)
+        self._folder = tempfile.TemporaryDirectory(prefix="dlrm-torch-onnx-")
+        self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        return self._run(("probability",), batch)["probability"]
+
+    def trace(self, batch: Batch) -> Arrays:
+        return self._run(trace_names(self.spec, gradients=False), batch)
+
+    def train_step(self, batch: Batch) -> float:
+        raise NotImplementedError("torch-onnx only predicts")
+
+    def parameters(self) -> Arrays:
+        return {name: array.copy() for name, array in self._parameters.items()}
+
+    def optimizer_state(self) -> Arrays:
+        raise NotImplementedError("torch-onnx only predicts")
+
+    def profile(self, batch: Batch) -> dict[str, float]:
+        """By types of ONNX's operators, after ONNX Runtime's fusions; of the second prediction."""
+        session = self._session(("probability",), profiled=True)
+        for _ in range(2):
+            self._feed(session, ("probability",), batch)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        start = max(event["ts"] for event in events if event["name"] == "model_run")
+        seconds: dict[str, float] = {}
+        for event in events:
+            if event["name"].endswith("_kernel_time") and event["ts"] >= start:
+                type = event["args"]["op_name"]
+                if type not in _CONTAINERS:  # their time is that of the nodes within
+                    seconds[type] = seconds.get(type, 0.0) + event["dur"] * 1e-6
+        return seconds
+
+    def close(self) -> None:
+        self._sessions.clear()
+        self._parameters = {}
+        self._folder.cleanup()
+
+    def _run(self, outputs: Sequence[str], batch: Batch) -> Arrays:
+        if outputs not in self._sessions:
+            self._sessions[outputs] = self._session(outputs)
+        return self._feed(self._sessions[outputs], outputs, batch)
+
+    def _feed(self, session: onnxruntime.InferenceSession, outputs: Sequence[str], batch: Batch) -> Arrays:
+        batch.validate(self.spec)
+        feeds = {name: array for name, array in batch.arrays().items() if name != "label"}
+        try:
+            return dict(zip(outputs, session.run(list(outputs), feeds), strict=True))
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+
+    def _session(self, outputs: Sequence[str], profiled: bool = False) -> onnxruntime.InferenceSession:
+        path = Path(self._folder.name) / "model.onnx"
+        write_model(self._model, self.spec, self._parameters, path, outputs)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Idle threads would otherwise spin and take the cores from other engines in the process.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if profiled:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(path.with_suffix(""))
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=[_PROVIDER])
+        except Exception as error:  # as above
+            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
