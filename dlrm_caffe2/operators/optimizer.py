@@ -332,6 +332,7 @@ def _sparse_adagrad_onnx(node: Node, ranks: Sequence[int]) -> str:
         h_UW = Gather(moment, distinct)
         all_sizes = Concat<axis = 0>(axis0, sizes)
         turns = ReduceMax<keepdims = 0>(all_sizes)
+        any = Greater(turns, zero)
         last_p_UW, last_h_UW = Loop<body = turn (int64 number, bool going, p_in, h_in)
                                              => (bool go_on, p_out, h_out) {{
             go_on = Identity(going)
@@ -353,7 +354,7 @@ def _sparse_adagrad_onnx(node: Node, ranks: Sequence[int]) -> str:
             new_p_AW = Add(p_AW, step)
             p_out = ScatterND(p_in, active_A1, new_p_AW)
             h_out = ScatterND(h_in, active_A1, sum)
-        }}>(turns, , p_UW, h_UW)
+        }}>(turns, any, p_UW, h_UW)
         all_p = ScatterND(parameter, distinct_U1, last_p_UW)
         all_h = ScatterND(moment, distinct_U1, last_h_UW)
         {reshaped("new_P", "all_p", "P")}

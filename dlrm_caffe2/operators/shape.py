@@ -68,13 +68,19 @@ def _concat_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     return [TensorType(first.dtype, shape), TensorType(INT32, (len(inputs),))]
 
 
+def piece_lengths(node: Node, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Concat's second output: the length of each piece along the axis, 1 along a new axis."""
+    axis = _axis(node, len(shapes[0]) + _stacks(node))
+    return tuple(1 if _stacks(node) else shape[axis] for shape in shapes)
+
+
 def _concat_aten(node: Node, *inputs):
-    """The joined tensor and, as int32, the length of each piece along the axis (1 along a new axis)."""
+    """The joined tensor and, as int32, the lengths of its pieces."""
     import torch
 
-    axis = _axis(node, inputs[0].dim() + _stacks(node))
-    lengths = [1 if _stacks(node) else piece.shape[axis] for piece in inputs]
+    lengths = piece_lengths(node, [piece.shape for piece in inputs])
     info = torch.tensor(lengths, dtype=torch.int32, device=inputs[0].device)
+    axis = _axis(node, inputs[0].dim() + _stacks(node))
     return (torch.stack if _stacks(node) else torch.cat)(inputs, axis), info
 
 
