@@ -169,4 +169,4 @@ class NetBackend:
 
 CAFFE2 = NetBackend("caffe2", _caffe2, _caffe2_available)
 ATEN = NetBackend("caffe2-aten", _aten, _needs("torch"), devices=("cpu", "cuda"))
-ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"), trains=False)
+ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"))
