@@ -167,7 +167,7 @@ def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
     missing = sorted({node.type for node in nodes if record(node.type).onnx is None})
     if missing:
         raise InputError(f"net '{net.name}'", "operators that have an ONNX lowering", ", ".join(missing),
-                         "export a net that only predicts")
+                         "add lowerings to their records")
     return nodes
 
 
@@ -243,7 +243,7 @@ def initial_blobs(net: NetDef) -> Arrays:
 def _value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
                  sizes: Mapping[str, int] | None) -> dict[str, Axes]:
     """Of every blob. The records' rules want numbers, so the types are inferred for two sets of sizes: what is
-    equal in both is fixed, and what is a named size in both has its name."""
+    equal in both is fixed, and what is a named size in both has its name. From one set, `sizes`, nothing follows."""
     names = list(dict.fromkeys(size for axes in inputs.values() for size in axes.shape if isinstance(size, str)))
     if sizes is None:
         probes = [{name: first + number for number, name in enumerate(names)} for first in (10**6, 2 * 10**6)]
@@ -256,8 +256,9 @@ def _value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndar
     symbols = {tuple(probe[name] for probe in probes): name for name in names}
 
     def merged(found: tuple[int, ...]) -> int | str:
-        fixed = len(set(found)) == 1 and sizes is None and found[0] >= 0
-        return found[0] if fixed else symbols.get(found, "")
+        if sizes is not None or -1 in found:
+            return ""
+        return found[0] if len(set(found)) == 1 else symbols.get(found, "")
 
     return {name: Axes(type.dtype, tuple(map(merged, zip(*(types[name].shape for types in inferred), strict=True))))
             for name, type in inferred[0].items()} | dict(inputs)

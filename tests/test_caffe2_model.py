@@ -319,7 +319,7 @@ def test_an_engine_that_fails_at_the_start_is_closed():
 
     spec, engine = load("tiny"), Failing()
     with pytest.raises(EngineError, match="out of memory"):
-        NetModel(spec, initial_parameters(spec), engine, trains=True)
+        NetModel(spec, initial_parameters(spec), engine)
     assert engine.closed
 
 

@@ -126,7 +126,7 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx"]),
               help="What to write; repeat for both.  [default: both]")
 def export(name: str, out: Path, max_rows: int | None, seed: int, formats: tuple[str, ...]) -> None:
-    """Write a model as Caffe2 NetDefs (init, predict, train) and as ONNX (predict; with functions, and inlined)."""
+    """Write a model as Caffe2 NetDefs (init, predict, train) and as ONNX (predict, train; both also inlined)."""
     from tools.export import run
     for path in run(_load(name, max_rows), out, seed, formats or ("netdef", "onnx")):
         click.echo(path)
