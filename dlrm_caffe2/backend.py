@@ -6,7 +6,7 @@ Frameworks are imported when a model is made.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -41,14 +41,13 @@ class NetModel:
     A net is made when it is first used, since its inputs must be there. Closes the engine where it fails.
     """
 
-    def __init__(self, spec: ModelSpec, parameters: Arrays, engine: NetEngine, trains: bool) -> None:
+    def __init__(self, spec: ModelSpec, parameters: Arrays, engine: NetEngine) -> None:
         self.spec, self.engine = spec, engine.description
-        self._engine, self._trains = engine, trains
+        self._engine = engine
         self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
-        forward = {name: name for name in trace_names(spec, gradients=False)}
-        self._trace_blobs = trace_blobs(spec) if trains else forward
+        self._trace_blobs = trace_blobs(spec)
         try:
-            engine.feed(parameters | constants(spec) | (initial_state(spec) if trains else {}))
+            engine.feed(parameters | constants(spec) | initial_state(spec))
         except BaseException:
             engine.close()
             raise
@@ -57,27 +56,23 @@ class NetModel:
         return self._run(predict_net, batch, ["probability"])["probability"]
 
     def trace(self, batch: Batch) -> Arrays:
-        net = gradient_net if self._trains else predict_net
-        blobs = self._run(net, batch, tuple(dict.fromkeys(self._trace_blobs.values())))
-        return {name: blobs[self._trace_blobs[name]] for name in trace_names(self.spec, self._trains)}
+        blobs = self._run(gradient_net, batch, tuple(dict.fromkeys(self._trace_blobs.values())))
+        return {name: blobs[self._trace_blobs[name]] for name in trace_names(self.spec)}
 
     def train_step(self, batch: Batch) -> float:
-        self._expect_training()
         return float(self._run(train_net, batch, ["loss"])["loss"])
 
     def parameters(self) -> Arrays:
         return self._engine.fetch(tuple(parameter_shapes(self.spec)))
 
     def optimizer_state(self) -> Arrays:
-        self._expect_training()
         return self._engine.fetch(tuple(state_shapes(self.spec)))
 
     def profile(self, batch: Batch) -> dict[str, float]:
         """A training step is undone afterwards, from a copy of all that it changes."""
-        if not self._trains:
-            return self._profile(predict_net, batch)
         before = self._engine.fetch((*trained_parameters(self.spec), *state_shapes(self.spec)))
-        seconds = self._profile(train_net, batch)
+        name, feeds = self._prepare(train_net, batch)
+        seconds = self._engine.profile(name, feeds)
         self._engine.feed(before)
         return seconds
 
@@ -87,10 +82,6 @@ class NetModel:
     def _run(self, make: Callable[[ModelSpec], NetDef], batch: Batch, fetch: Sequence[str]) -> Arrays:
         name, feeds = self._prepare(make, batch)
         return self._engine.run(name, feeds, fetch)
-
-    def _profile(self, make: Callable[[ModelSpec], NetDef], batch: Batch) -> dict[str, float]:
-        name, feeds = self._prepare(make, batch)
-        return self._engine.profile(name, feeds)
 
     def _prepare(self, make: Callable[[ModelSpec], NetDef], batch: Batch) -> tuple[str, Arrays]:
         """The name of the net, kept from now on, and what to feed it."""
@@ -104,10 +95,6 @@ class NetModel:
             self._nets[make] = kept
         kept = self._nets[make]
         return kept.name, {name: arrays[name] for name in kept.feeds}
-
-    def _expect_training(self) -> None:
-        if not self._trains:
-            raise NotImplementedError(f"{self.engine} computes the forward pass only")
 
 
 def _caffe2(device: str) -> NetEngine:
@@ -151,8 +138,8 @@ class NetBackend:
     name: str
     start: Callable[[str], NetEngine]
     available: Callable[[], Availability]
-    trains: bool = True
     devices: tuple[str, ...] = ("cpu",)
+    trains: ClassVar[bool] = True
 
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> NetModel:
         """Raises EngineError where the engine is missing or fails; InputError for a device that it cannot use,
@@ -164,9 +151,9 @@ class NetBackend:
             raise InputError(f"device '{device}'", f"{' or '.join(self.devices)} for backend '{self.name}'",
                              "another device", "use --device cpu")
         check_parameters(spec, parameters)
-        return NetModel(spec, parameters, self.start(device), self.trains)
+        return NetModel(spec, parameters, self.start(device))
 
 
 CAFFE2 = NetBackend("caffe2", _caffe2, _caffe2_available)
 ATEN = NetBackend("caffe2-aten", _aten, _needs("torch"), devices=("cpu", "cuda"))
-ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"), trains=False)
+ONNX = NetBackend("caffe2-onnx", _onnx, _needs("onnx", "onnxruntime"))

@@ -1,10 +1,13 @@
-"""Nets in files: as Caffe2 NetDefs, and forward nets as ONNX models.
+"""Nets in files: as Caffe2 NetDefs, and as ONNX models.
 
 In the ONNX model each operator is one node, a function of the domain "caffe2" that holds its lowering, and every
-blob keeps its name. The same model inlined, for runtimes without functions, has ONNX's own operators alone.
+blob keeps its name; of a blob that is written several times, each version has one (see `single_assignment`). The same
+model inlined, for runtimes without functions, has ONNX's own operators alone.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,12 +19,13 @@ from dlrm_caffe2.net import outside_blobs, write_net
 from dlrm_caffe2.operators import Node, OperatorError, record
 from dlrm_caffe2.operators.lowering import DOMAIN, OPSET, onnx_type
 from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, TensorType
+from dlrm_caffe2.operators.shape import piece_lengths
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
 from spec.errors import EngineError, InputError
 from spec.files import replacing, write_bytes
 from spec.model import ModelSpec
-from spec.parameters import Arrays
+from spec.parameters import Arrays, parameter_shapes, state_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -55,29 +59,48 @@ def export_netdef(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Pat
 
 
 def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
-    """Write the predict net as model.onnx, of functions, and model.inlined.onnx; their paths.
+    """Write the predict net as model.onnx and the train net as train.onnx, both of functions, and of either an
+    .inlined.onnx; their paths.
 
-    Initializers above EMBEDDED_BYTES go to model.data, which both files refer to. Raises InputError where the
-    folder cannot be written to.
+    The initial parameters are part of the predict model: above EMBEDDED_BYTES they go to model.data, which both its
+    files refer to. Raises InputError where the folder cannot be written to.
     """
+    return [*_export_predict(spec, parameters, folder), *_write(train_model(spec), spec, folder, "train")]
+
+
+def _export_predict(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
     net = predict_net(spec)
     blobs = {name: array for name, array in (parameters | constants(spec)).items() if name in net.external_input}
     external = "model.data" if sum(array.nbytes for array in blobs.values()) > EMBEDDED_BYTES else None
     model = export_net(net, blobs, {name: axes for name, axes in input_axes(spec).items()
                                     if name in net.external_input}, external=external)
-    model.doc_string = f"DLRM '{spec.name}': {spec.description}" if spec.description else f"DLRM '{spec.name}'"
-    for key, value in {"spec": toml.dumps(spec), "digest": spec.digest}.items():
-        model.metadata_props.add(key=key, value=value)
     paths = []
     if external:
         paths.append(folder / external)
         with replacing(paths[-1]) as temporary, temporary.open("wb") as file:
             for array in blobs.values():
                 _little_endian(array).tofile(file)
-    for name, content in {"model.onnx": model, "model.inlined.onnx": inline(model)}.items():
-        paths.append(folder / name)
-        write_bytes(paths[-1], content.SerializeToString(deterministic=True))
-    return paths
+    return [*paths, *_write(model, spec, folder, "model")]
+
+
+def train_model(spec: ModelSpec) -> "onnx.ModelProto":
+    """One training step: from a batch, parameters and optimizer state to the loss and to what has become of
+    them, each as "X.new". The learning rate is a constant."""
+    axes = input_axes(spec)
+    axes |= {name: Axes(FLOAT, shape, "parameter") for name, shape in parameter_shapes(spec).items()}
+    axes |= {name: Axes(FLOAT, shape, "optimizer state") for name, shape in state_shapes(spec).items()}
+    return export_net(train_net(spec), constants(spec), axes)
+
+
+def _write(model: "onnx.ModelProto", spec: ModelSpec, folder: Path, name: str) -> list[Path]:
+    """With functions, and inlined."""
+    model.doc_string = f"DLRM '{spec.name}': {spec.description}" if spec.description else f"DLRM '{spec.name}'"
+    for key, value in {"spec": toml.dumps(spec), "digest": spec.digest}.items():
+        model.metadata_props.add(key=key, value=value)
+    contents = {folder / f"{name}.onnx": model, folder / f"{name}.inlined.onnx": inline(model)}
+    for path, content in contents.items():
+        write_bytes(path, content.SerializeToString(deterministic=True))
+    return list(contents)
 
 
 def input_axes(spec: ModelSpec) -> dict[str, Axes]:
@@ -99,22 +122,22 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
     Args:
         blobs: values of the external inputs that are constants of the model: its initializers.
         inputs: the other external inputs.
-        outputs: blobs to return; by default the net's external outputs.
+        outputs: blobs to return, as they are in the end; by default the net's external outputs.
         sizes: an example of the named sizes, where not all that have different names may differ from each other.
             The sizes of intermediate values are then left open.
         external: the name of a file that will hold the initializers, one after the other as in `blobs`.
 
     Raises EngineError for a net that cannot run (see check.check_net) or whose types do not fit together, and
-    InputError for one that ONNX cannot express: an operator has no lowering, or a blob is written twice.
+    InputError for one that ONNX cannot express, since an operator has no lowering.
     """
     import onnx
     from onnx import TensorProto, helper
 
-    nodes = check_exportable(net, inputs.keys() | blobs.keys())
+    used = outside_blobs(net.op)
+    nodes, last = single_assignment(check_exportable(net, inputs.keys() | blobs.keys()), used)
     types = _value_types(net, nodes, blobs, inputs, sizes)
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
-    used = outside_blobs(net.op)
     initializers, offset = [], 0
     for name, array in blobs.items():
         if name in used:
@@ -127,7 +150,7 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
                     tensor.external_data.add(key=key, value=str(value))
             initializers.append(tensor)
         offset += array.nbytes
-    outputs = list(net.external_output) if outputs is None else list(outputs)
+    outputs = [last.get(name, name) for name in (net.external_output if outputs is None else outputs)]
     produced = [name for node in nodes for name in node.outputs]
     graph = helper.make_graph(
         calls, net.name,
@@ -145,15 +168,40 @@ def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
     missing = sorted({node.type for node in nodes if record(node.type).onnx is None})
     if missing:
         raise InputError(f"net '{net.name}'", "operators that have an ONNX lowering", ", ".join(missing),
-                         "export a net that only predicts")
-    written = set(outside_blobs(net.op))
-    for node in nodes:
-        for name in node.outputs:
-            if name in written:
-                raise InputError(f"net '{net.name}'", "blobs that are written once, as in ONNX",
-                                 f"'{name}' overwritten by {node.type}", "give the output a name of its own")
-            written.add(name)
+                         "add lowerings to their records")
     return nodes
+
+
+def single_assignment(nodes: Sequence[Node], read: Collection[str]) -> tuple[list[Node], dict[str, str]]:
+    """The same operators with a name for every version of a blob, and the name of each written blob's last one.
+
+    The last keeps the blob's name, or is named X.new where X is in `read`, from outside; those in between are X.1,
+    X.2, ...
+    """
+    taken = {name for node in nodes for name in (*node.inputs, *node.outputs)}
+    writes = Counter(name for node in nodes for name in node.outputs)
+    written: Counter[str] = Counter()
+    now: dict[str, str] = {}
+
+    def version(blob: str) -> str:
+        written[blob] += 1
+        if written[blob] < writes[blob]:
+            name = f"{blob}.{written[blob]}"
+        elif blob in read:
+            name = f"{blob}.new"
+        else:
+            return blob
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    renamed = []
+    for node in nodes:
+        inputs = tuple(now.get(name, name) for name in node.inputs)
+        now |= {name: version(name) for name in node.outputs}
+        renamed.append(replace(node, inputs=inputs, outputs=tuple(now[name] for name in node.outputs)))
+    return renamed, now
 
 
 def inline(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -187,7 +235,7 @@ def initial_blobs(net: NetDef) -> Arrays:
 def _value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
                  sizes: Mapping[str, int] | None) -> dict[str, Axes]:
     """Of every blob. The records' rules want numbers, so the types are inferred for two sets of sizes: what is
-    equal in both is fixed, and what is a named size in both has its name."""
+    equal in both is fixed, and what is a named size in both has its name. From one set, `sizes`, nothing follows."""
     names = list(dict.fromkeys(size for axes in inputs.values() for size in axes.shape if isinstance(size, str)))
     if sizes is None:
         probes = [{name: first + number for number, name in enumerate(names)} for first in (10**6, 2 * 10**6)]
@@ -200,19 +248,28 @@ def _value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndar
     symbols = {tuple(probe[name] for probe in probes): name for name in names}
 
     def merged(found: tuple[int, ...]) -> int | str:
-        return found[0] if len(set(found)) == 1 and sizes is None else symbols.get(found, "")
+        if sizes is not None or -1 in found:
+            return ""
+        return found[0] if len(set(found)) == 1 else symbols.get(found, "")
 
     return {name: Axes(type.dtype, tuple(map(merged, zip(*(types[name].shape for types in inferred), strict=True))))
             for name, type in inferred[0].items()} | dict(inputs)
 
 
 def _infer(net: NetDef, nodes: Sequence[Node], types: dict[str, TensorType]) -> dict[str, TensorType]:
+    """By the records' rules, and one thing that these cannot know: a Split by lengths that come from a Concat."""
+    lengths: dict[str, tuple[int, ...]] = {}
     for number, node in enumerate(nodes):
+        rule = node
+        if node.type == "Split" and node.inputs[-1] in lengths:
+            rule = replace(node, inputs=node.inputs[:1], args={**node.args, "split": lengths[node.inputs[-1]]})
         try:
-            made = record(node.type).infer(node, [types[name] for name in node.inputs])
+            made = record(node.type).infer(rule, [types[name] for name in rule.inputs])
         except OperatorError as error:
             raise EngineError(f"{operator_name(net.name, number, node.type)}: {error}") from error
         types.update(zip(node.outputs, made, strict=True))
+        if node.type == "Concat":
+            lengths[node.outputs[1]] = piece_lengths(node, [types[name].shape for name in node.inputs])
     return types
 
 

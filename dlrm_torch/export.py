@@ -46,7 +46,8 @@ def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]
     Raises InputError for parameters that are not the spec's and where the folder cannot be written to, EngineError
     where PyTorch's exporter fails.
     """
-    return write_model(forward_model(spec), spec, parameters, folder / "model.torch.onnx", ["probability"])
+    check_parameters(spec, parameters)
+    return write_model(forward_model(spec), parameters, folder / "model.torch.onnx", ["probability"])
 
 
 def forward_model(spec: ModelSpec) -> onnx.ModelProto:
@@ -78,14 +79,12 @@ def forward_model(spec: ModelSpec) -> onnx.ModelProto:
     return _assemble(spec, exported)
 
 
-def write_model(model: onnx.ModelProto, spec: ModelSpec, parameters: Arrays, path: Path,
-                outputs: Collection[str]) -> list[Path]:
+def write_model(model: onnx.ModelProto, parameters: Arrays, path: Path, outputs: Collection[str]) -> list[Path]:
     """Write a `forward_model` with its parameters and some of its outputs; the paths written.
 
     Parameters above EMBEDDED_BYTES go to a second file beside it, `path` with the suffix .data. Raises InputError
-    for parameters that are not the spec's and where the folder cannot be written to.
+    where the folder cannot be written to.
     """
-    check_parameters(spec, parameters)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for value in model.graph.output:

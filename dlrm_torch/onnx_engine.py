@@ -86,7 +86,7 @@ class OnnxModel:
 
     def _session(self, outputs: Sequence[str], profiled: bool = False) -> onnxruntime.InferenceSession:
         path = Path(self._folder.name) / "model.onnx"
-        write_model(self._model, self.spec, self._parameters, path, outputs)
+        write_model(self._model, self._parameters, path, outputs)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

@@ -126,8 +126,8 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
               help="What to write; repeat for several.  [default: netdef, onnx]")
 def export(name: str, out: Path, max_rows: int | None, seed: int, formats: tuple[str, ...]) -> None:
-    """Write a model as Caffe2 NetDefs (init, predict, train), as ONNX of the predict net (with functions, and
-    inlined), and as ONNX of the PyTorch modules (torch-onnx)."""
+    """Write a model as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict and train, with
+    functions and inlined), and as ONNX of the PyTorch modules (torch-onnx)."""
     from tools.export import run
     for path in run(_load(name, max_rows), out, seed, formats or ("netdef", "onnx")):
         click.echo(path)

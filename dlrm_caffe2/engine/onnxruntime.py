@@ -1,9 +1,9 @@
-"""ONNX Runtime: runs forward nets, as the ONNX models that `export.py` makes of them."""
+"""ONNX Runtime: runs nets as the ONNX models that `export.py` makes of them."""
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,50 +22,62 @@ _CONTAINERS = ("If", "Loop", "Scan")
 
 
 class _Key(NamedTuple):
-    """A session's: what is fed and fetched are its model's inputs and outputs."""
+    """A session's: the blobs that are fed, and those that its model returns."""
 
     net: str
-    inputs: tuple[str, ...]
+    feeds: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
 class _Kept(NamedTuple):
-    """A net, the blobs that it reads from outside, and those that it makes."""
+    """A net, the blobs that it reads from outside, those that it makes, and those that are both: it updates them."""
 
     net: NetDef
     read: tuple[str, ...]
     made: frozenset[str]
+    updated: tuple[str, ...]
+
+
+class _Session(NamedTuple):
+    """An InferenceSession, and the blobs that its model has as constants."""
+
+    inference: Any
+    constants: frozenset[str]
 
 
 class OnnxEngine:
-    """A NetEngine on ONNX Runtime. A net is exported when it is first run, with all blobs that are not fed then as
-    its constants, and again after one of these has been fed anew. Constants that would not fit into a model are
-    passed to it at each run.
+    """A NetEngine on ONNX Runtime. A net is exported when it is first run. Its model's inputs are the blobs that are
+    fed then and those that some net updates; the others are its constants, and it is exported again after one of
+    these has been fed anew. Constants that would not fit into a model are passed to it at each run.
 
-    What a net computes is returned where it is asked for, and not kept as a blob.
+    Blobs that a net updates are replaced by what it returns, which is not copied. What else a net computes is returned
+    where it is asked for, and not kept as a blob.
     """
 
     def __init__(self) -> None:
         import onnxruntime
 
         self._threads = os.cpu_count() or 1
-        self._blobs: Arrays = {}
+        self._blobs: dict[str, onnxruntime.OrtValue] = {}
+        self._variables: set[str] = set()
         self._nets: dict[str, _Kept] = {}
-        self._sessions: dict[_Key, Any] = {}
+        self._sessions: dict[_Key, _Session] = {}
         self.description = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, "
                             f"{self._threads} threads")
 
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
-        self._sessions = {key: session for key, session in self._sessions.items()
-                          if not self._constants(key).keys() & blobs.keys()}
-        self._blobs |= {name: np.array(array, array.dtype.newbyteorder("="), order="C")
-                        for name, array in blobs.items()}
+        from onnxruntime import OrtValue
+
+        self._drop_sessions(blobs.keys())
+        for name, array in blobs.items():
+            copy = np.array(array, array.dtype.newbyteorder("="), order="C")
+            self._blobs[name] = OrtValue.ortvalue_from_numpy(copy)
 
     def fetch(self, names: Sequence[str]) -> Arrays:
         for name in names:
             if name not in self._blobs:
                 raise EngineError(f"blob '{name}' does not exist; what nets compute is fetched by `run`")
-        return {name: self._blobs[name].copy() for name in names}
+        return {name: self._blobs[name].numpy().copy() for name in names}
 
     def run_once(self, net: NetDef) -> None:
         """An init_net alone: fills from their arguments."""
@@ -80,21 +92,25 @@ class OnnxEngine:
             nodes = check_exportable(net, self._blobs.keys())
         except InputError as error:
             raise EngineError(str(error)) from error
-        self._nets[net.name] = _Kept(NetDef.FromString(net.SerializeToString()), outside_blobs(net.op),
-                                     frozenset(name for node in nodes for name in node.outputs))
+        read, made = outside_blobs(net.op), frozenset(name for node in nodes for name in node.outputs)
+        updated = tuple(name for name in read if name in made)
+        self._drop_sessions(updated)
+        self._variables.update(updated)
+        self._nets[net.name] = _Kept(NetDef.FromString(net.SerializeToString()), read, made, updated)
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
         kept = self._kept(name)
         self.feed(feeds)
-        outputs = tuple(blob for blob in dict.fromkeys(fetch) if blob in kept.made)
+        outputs = tuple(dict.fromkeys([*(blob for blob in fetch if blob in kept.made), *kept.updated]))
         key = _Key(name, tuple(feeds), outputs or tuple(kept.net.external_output))
         if key not in self._sessions:
             self._sessions[key] = self._session(key)
         computed = self._run(self._sessions[key], key)
-        return {blob: computed[blob] if blob in kept.made else self.fetch([blob])[blob] for blob in fetch}
+        self._blobs |= {blob: computed[blob] for blob in kept.updated}
+        return {blob: computed[blob].numpy().copy() if blob in computed else self.fetch([blob])[blob] for blob in fetch}
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """By types of ONNX's operators, into which the net's are fused; of the second run."""
+        """By types of ONNX's operators, into which the net's are fused; of the second run. Changes no blob."""
         kept = self._kept(name)
         self.feed(feeds)
         key = _Key(name, tuple(feeds), tuple(kept.net.external_output))
@@ -102,7 +118,7 @@ class OnnxEngine:
             session = self._session(key, profile=Path(folder) / "profile")
             for _ in range(2):
                 self._run(session, key)
-            events = json.loads(Path(session.end_profiling()).read_text())
+            events = json.loads(Path(session.inference.end_profiling()).read_text())
         start = max(event["ts"] for event in events if event["name"] == "model_run")
         seconds: dict[str, float] = {}
         for event in events:
@@ -115,6 +131,7 @@ class OnnxEngine:
     def close(self) -> None:
         self._sessions.clear()
         self._nets.clear()
+        self._variables.clear()
         self._blobs.clear()
 
     def _kept(self, name: str) -> _Kept:
@@ -122,33 +139,39 @@ class OnnxEngine:
             raise EngineError(f"net '{name}' does not exist; create it first")
         return self._nets[name]
 
-    def _constants(self, key: _Key) -> Arrays:
-        return {blob: self._blobs[blob] for blob in self._nets[key.net].read if blob not in key.inputs}
+    def _drop_sessions(self, blobs: Collection[str]) -> None:
+        """Those whose models have one of these blobs as a constant."""
+        self._sessions = {key: session for key, session in self._sessions.items()
+                          if session.constants.isdisjoint(blobs)}
 
-    def _run(self, session: Any, key: _Key) -> Arrays:
-        feeds = {input.name: self._blobs[input.name] for input in session.get_inputs()}
+    def _run(self, session: _Session, key: _Key) -> dict[str, Any]:
+        """The outputs as OrtValues, by the blobs' names."""
+        inputs = {input.name: self._blobs[input.name] for input in session.inference.get_inputs()}
+        names = [output.name for output in session.inference.get_outputs()]
         try:
-            return dict(zip(key.outputs, session.run(list(key.outputs), feeds), strict=True))
+            outputs = session.inference.run_with_ort_values(names, inputs)
+            return dict(zip(key.outputs, outputs, strict=True))
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(f"net '{key.net}' in ONNX Runtime: {str(error).splitlines()[0]}") from error
 
-    def _model(self, key: _Key) -> Any:
+    def _model(self, key: _Key, constants: Arrays) -> Any:
         """The net as an ONNX model. No two sizes are taken to be equal: nothing says which are."""
-        inputs, sizes, constants = {}, {}, self._constants(key)
-        if sum(array.nbytes for array in constants.values()) > _MOST_CONSTANTS:
-            constants = {}
-        for blob in dict.fromkeys((*key.inputs, *self._nets[key.net].read)):
-            if blob in constants:
-                continue
-            array = self._blobs[blob]
-            names = tuple(f"{blob}.{axis}" for axis in range(array.ndim))
-            inputs[blob] = Axes(array.dtype, names)
-            sizes |= zip(names, array.shape, strict=True)
+        inputs, sizes = {}, {}
+        for blob in dict.fromkeys([*key.feeds, *self._nets[key.net].read]):
+            if blob not in constants:
+                array = self._blobs[blob].numpy()
+                names = tuple(f"{blob}.{axis}" for axis in range(array.ndim))
+                inputs[blob] = Axes(array.dtype, names)
+                sizes |= zip(names, array.shape, strict=True)
         return export_net(self._nets[key.net].net, constants, inputs, key.outputs, sizes)
 
-    def _session(self, key: _Key, profile: Path | None = None) -> Any:
+    def _session(self, key: _Key, profile: Path | None = None) -> _Session:
         import onnxruntime
 
+        constants = {blob: self._blobs[blob].numpy() for blob in self._nets[key.net].read
+                     if blob not in key.feeds and blob not in self._variables}
+        if sum(array.nbytes for array in constants.values()) > _MOST_CONSTANTS:
+            constants = {}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -157,8 +180,9 @@ class OnnxEngine:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        model = self._model(key).SerializeToString()
+        model = self._model(key, constants).SerializeToString()
         try:
-            return onnxruntime.InferenceSession(model, options, providers=[_PROVIDER])
+            inference = onnxruntime.InferenceSession(model, options, providers=[_PROVIDER])
         except Exception as error:  # as above
             raise EngineError(f"net '{key.net}' in ONNX Runtime: {str(error).splitlines()[0]}") from error
+        return _Session(inference, frozenset(constants))

@@ -6,7 +6,7 @@ A kernel is stricter than Caffe2's own where that reads outside a tensor or sile
 import math
 from collections.abc import Sequence
 
-from dlrm_caffe2.operators.lowering import function, simple
+from dlrm_caffe2.operators.lowering import function, reshaped, simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
     Arg,
@@ -92,6 +92,31 @@ def _fc_gradient_aten(node: Node, x, w, dy):
     return (dw, db) if len(node.outputs) == 2 else (dw, db, torch.mm(dy_MN, w_NK).reshape(x.shape))
 
 
+def _fc_gradient_onnx(node: Node, ranks: Sequence[int]) -> str:
+    axis, axis_w = (node.args[argument] % rank for argument, rank in zip(("axis", "axis_w"), ranks, strict=False))
+    outputs = ["dW", "db", "dX"][:len(node.outputs)]
+    if (axis, axis_w, *ranks) == (1, 1, 2, 2, 2):
+        return function(node, ["X", "W", "dY"], outputs, f"""
+            axis0 = Constant<value_ints = [0]>()
+            dW = Gemm<transA = 1>(dY, X)
+            db = ReduceSum<keepdims = 0>(dY, axis0)
+            {"dX = MatMul(dY, W)" if "dX" in outputs else ""}
+        """, variant=[len(outputs)])
+    return function(node, ["X", "W", "dY"], outputs, f"""
+        axis0 = Constant<value_ints = [0]>()
+        x = Flatten<axis = {axis}>(X)
+        w = Flatten<axis = {axis_w}>(W)
+        m = Shape<end = 1>(x)
+        n = Shape<end = 1>(w)
+        shape = Concat<axis = 0>(m, n)
+        dy = Reshape<allowzero = 1>(dY, shape)
+        dw = Gemm<transA = 1>(dy, x)
+        {reshaped("dW", "dw", "W")}
+        db = ReduceSum<keepdims = 0>(dy, axis0)
+        {"dx = MatMul(dy, w) " + reshaped("dX", "dx", "X") if "dX" in outputs else ""}
+    """, variant=[len(outputs), "rank", *ranks, "axis", axis, axis_w])
+
+
 def _bmm_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     expect_dtype(node, inputs, FLOAT)
     for position in (0, 1):
@@ -175,18 +200,35 @@ _SIGMOID = """
     Y = Reciprocal(sum)
 """
 
+# Where(Y > 0, dY, 0) is six times slower in ONNX Runtime; unlike it, this gives NaN where dY is not finite and Y is 0.
+_RELU_GRADIENT = """
+    zero = Constant<value_float = 0.0>()
+    above = Greater(Y, zero)
+    mask = Cast<to = 1>(above)
+    dX = Mul(dY, mask)
+"""
+_SIGMOID_GRADIENT = """
+    one = Constant<value_float = 1.0>()
+    rest = Sub(one, Y)
+    product = Mul(dY, Y)
+    dX = Mul(product, rest)
+"""
+
 _AXES = {"axis": Arg("i", 1), "axis_w": Arg("i", 1)}
 _TRANSPOSED = {"trans_a": Arg("i", 0), "trans_b": Arg("i", 0)}
 
 OPERATORS = [
     Operator("FC", (3, 3), (1, 1), _fc_infer, _fc_aten, _AXES, _fc_gradient, _fc_onnx),
-    Operator("FCGradient", (3, 3), (2, 3), _fc_gradient_infer, _fc_gradient_aten, _AXES),
+    Operator("FCGradient", (3, 3), (2, 3), _fc_gradient_infer, _fc_gradient_aten, _AXES,
+             onnx=_fc_gradient_onnx),
     Operator("BatchMatMul", (2, 2), (1, 1), _bmm_infer, _bmm_aten, _TRANSPOSED, _bmm_gradient,
              _bmm_onnx),
     Operator("Relu", (1, 1), (1, 1), same_as_input(), _relu_aten, gradient=_activation_gradient("ReluGradient"),
              onnx=simple("X", "Y = Relu(X)")),
-    Operator("ReluGradient", (2, 2), (1, 1), same_as_input(), _relu_gradient_aten),
+    Operator("ReluGradient", (2, 2), (1, 1), same_as_input(), _relu_gradient_aten,
+             onnx=simple("Y, dY", _RELU_GRADIENT, outputs="dX")),
     Operator("Sigmoid", (1, 1), (1, 1), same_as_input(), _sigmoid_aten,
              gradient=_activation_gradient("SigmoidGradient"), onnx=simple("X", _SIGMOID)),
-    Operator("SigmoidGradient", (2, 2), (1, 1), same_as_input(), _sigmoid_gradient_aten),
+    Operator("SigmoidGradient", (2, 2), (1, 1), same_as_input(), _sigmoid_gradient_aten,
+             onnx=simple("Y, dY", _SIGMOID_GRADIENT, outputs="dX")),
 ]

@@ -22,6 +22,7 @@ from dlrm_caffe2.operators.record import (
     gradient_operator,
 )
 from dlrm_caffe2.operators.rules import INDEX, dense, expect_dtype, expect_indices, expect_rank, expect_shape
+from dlrm_caffe2.operators.segments import CONSTANTS, as_matrix, bag_sums, scattered
 
 _GRADIENT = "SparseLengthsIndicesInGradient{}Gradient"
 
@@ -97,126 +98,35 @@ def _weighted_aten(node: Node, table, weights, indices, lengths):
     return pool(table, indices, lengths, weights)
 
 
-_TILE_ROWS = 16
-
-_TILING = """
-    {to}_padded = Add({sizes}, radix_less_1)
-    {to}_tiles = Div({to}_padded, radix)
-    {to}_bag_starts = CumSum<exclusive = 1>({sizes}, zero)
-    {to}_tile_starts = CumSum<exclusive = 1>({to}_tiles, zero)
-    {to}_count = ReduceSum({to}_tiles)
-    {to}_zeros = ConstantOfShape<value = int64[1] {{0}}>({to}_count)
-    {to}_bags = Shape({to}_tiles)
-    {to}_ones = ConstantOfShape<value = int64[1] {{1}}>({to}_bags)
-    {to}_tile_starts_P1 = Unsqueeze({to}_tile_starts, axis1)
-    {to}_marks = ScatterND({to}_zeros, {to}_tile_starts_P1, {to}_ones)
-    {to}_ordinal = CumSum({to}_marks, zero)
-    {to}_bag = Sub({to}_ordinal, one)
-    {to}_count_scalar = Squeeze({to}_count)
-    {to}_tile = Range(zero, {to}_count_scalar, one)
-    {to}_first_tile = Gather({to}_tile_starts, {to}_bag)
-    {to}_nth_tile = Sub({to}_tile, {to}_first_tile)
-    {to}_offset = Mul({to}_nth_tile, radix)
-    {to}_bag_start = Gather({to}_bag_starts, {to}_bag)
-    {to}_start = Add({to}_bag_start, {to}_offset)
-    {to}_size = Gather({sizes}, {to}_bag)
-    {to}_left = Sub({to}_size, {to}_offset)
-    {to}_start_T1 = Unsqueeze({to}_start, axis1)
-    {to}_left_T1 = Unsqueeze({to}_left, axis1)
-    {to}_used_TR = Less(lane, {to}_left_T1)
-    {to}_last_T1 = Sub({to}_left_T1, one)
-    {to}_lane_TR = Min(lane, {to}_last_T1)
-    {to}_place_TR = Add({to}_start_T1, {to}_lane_TR)
-    {to}_all_tiles = Concat<axis = 0>(axis1, {to}_tiles)
-    {to}_most = ReduceMax<keepdims = 0>({to}_all_tiles)
-    {to}_more = Greater({to}_most, one)
+_FILLED = """
+    sizes_B = Cast<to = 7>(L)
+    filled_1P = NonZero(sizes_B)
+    filled = Squeeze(filled_1P, axis0)
+    sizes = Gather(sizes_B, filled)
+    filled_P1 = Unsqueeze(filled, axis1)
 """
-"""Cuts bags of `sizes` [P] rows, none empty, into `tiles` [P] tiles of `radix` rows, a bag's last one shorter.
-
-`place` [T, R] says where the rows of each tile are and `used` which of them it has; the others point at its last.
-`more`: some bag has more than one tile.
-"""
-
-_AS_MATRIX = """
-    row = Shape<start = 1>(D)
-    row_and_1 = Concat<axis = 0>(axis1, row)
-    row_size = ReduceProd(row_and_1)
-    places = Shape(index_TR)
-    places_by_width = Concat<axis = 0>(places, row_size)
-    rows_TR = Gather(D, index_TR)
-    rows_TRW = Reshape<allowzero = 1>(rows_TR, places_by_width)
-"""
-_AS_ROWS = """
-    bags_by_row = Concat<axis = 0>(bags, row)
-    Y = Reshape<allowzero = 1>({}, bags_by_row)
-"""
-"""Tables of another rank than 2: their rows as vectors, and the sums back in the rows' shape."""
-_WEIGHTED_MASK = """
-    nothing = Constant<value_float = 0.0>()
-    weight_TR = Gather(w, first_place_TR)
-    mask_TR = Where(first_used_TR, weight_TR, nothing)
-"""
-_AVERAGE = """
-    divisor = Max(sizes_B, one)
-    divisor_float = Cast<to = 1>(divisor)
-    inverse = Reciprocal(divisor_float)
-    inverse_B1 = Unsqueeze(inverse, axis1)
-    {} = Mul(sums_BW, inverse_B1)
+"""The P bags that have something in them, and how much."""
+_AVERAGES = """
+    divisor = Cast<to = 1>(sizes)
+    inverse = Reciprocal(divisor)
+    inverse_P1 = Unsqueeze(inverse, axis1)
+    averages = Mul(sums, inverse_P1)
 """
 
 
 def _bags_onnx(node: Node, ranks: Sequence[int]) -> str:
-    """Sums of ragged bags, as a tree: a tile of up to 16 rows is summed by one product with its mask (or weights),
-    and the tiles' sums are the rows of the next turn, until every bag has one row left.
-
-    ONNX has no such operator. This one works in proportion to rows + 16 bags, however skewed the bags are; adds in
-    an order that does not depend on threads; and scatters to distinct rows only: a sum by ScatterND(reduction=add)
-    is a data race in ONNX Runtime. Unused places are multiplied by 0, so that an infinite row may give NaN.
-    """
-    weighted, mean, matrix = "Weighted" in node.type, "Mean" in node.type, ranks[0] == 2
+    weighted, mean = "Weighted" in node.type, "Mean" in node.type
     body = f"""
-        zero = Constant<value_int = 0>()
-        one = Constant<value_int = 1>()
-        axis0 = Constant<value_ints = [0]>()
-        axis1 = Constant<value_ints = [1]>()
-        tile_rows = Constant<value_ints = [{_TILE_ROWS}]>()
-        sizes_B = Cast<to = 7>(L)
-        filled_1P = NonZero(sizes_B)
-        filled = Squeeze(filled_1P, axis0)
-        sizes = Gather(sizes_B, filled)
-        all_sizes = Concat<axis = 0>(axis1, sizes)
-        longest = ReduceMax(all_sizes)
-        radix = Min(longest, tile_rows)
-        radix_less_1 = Sub(radix, one)
-        radix_scalar = Squeeze(radix)
-        lane = Range(zero, radix_scalar, one)
-        {_TILING.format(to="first", sizes="sizes")}
-        index_TR = Gather(I, first_place_TR)
-        {"rows_TRW = Gather(D, index_TR)" if matrix else _AS_MATRIX}
-        {_WEIGHTED_MASK if weighted else "mask_TR = Cast<to = 1>(first_used_TR)"}
-        mask_T1R = Unsqueeze(mask_TR, axis1)
-        sum_T1W = MatMul(mask_T1R, rows_TRW)
-        first_sums = Squeeze(sum_T1W, axis1)
-        tiles, sums = Loop<body = turn (int64 number, bool going, sizes_in, rows_in)
-                                    => (bool next_more, next_tiles, next_sums) {{
-            {_TILING.format(to="next", sizes="sizes_in")}
-            next_rows_TRW = Gather(rows_in, next_place_TR)
-            next_mask_TR = Cast<to = 1>(next_used_TR)
-            next_mask_T1R = Unsqueeze(next_mask_TR, axis1)
-            next_sum_T1W = MatMul(next_mask_T1R, next_rows_TRW)
-            next_sums = Squeeze(next_sum_T1W, axis1)
-        }}>(, first_more, first_tiles, first_sums)
-        filled_P1 = Unsqueeze(filled, axis1)
+        {CONSTANTS}
+        {_FILLED}
+        {as_matrix("table", "D", ranks[0])}
+        {bag_sums("table", "I", "w" if weighted else None)}
+        {_AVERAGES if mean else ""}
         bags = Shape(L)
-        width = Shape<start = 2>(rows_TRW)
-        bags_by_width = Concat<axis = 0>(bags, width)
-        empty_BW = ConstantOfShape(bags_by_width)
-        {"sums_BW" if mean or not matrix else "Y"} = ScatterND(empty_BW, filled_P1, sums)
-        {_AVERAGE.format("Y" if matrix else "mean_BW") if mean else ""}
-        {"" if matrix else _AS_ROWS.format("mean_BW" if mean else "sums_BW")}
+        {scattered("Y", "averages" if mean else "sums", "filled_P1", "bags", "D", ranks[0])}
     """
     return function(node, ["D", *(["w"] if weighted else []), "I", "L"], ["Y"], body,
-                    variant=() if matrix else ("rank", ranks[0]))
+                    variant=() if ranks[0] == 2 else ("rank", ranks[0]))
 
 
 def _sum_gradient(kind: str):
@@ -296,6 +206,57 @@ def _main_input_aten(node: Node, weights, dy, lengths, table, indices):
     return rows * _column(weights, rows), dot
 
 
+_BAG_OF_EACH = """
+    starts = CumSum<exclusive = 1>(sizes, zero)
+    starts_P1 = Unsqueeze(starts, axis1)
+    lookups = Shape(I)
+    unmarked = ConstantOfShape<value = int64[1] {0}>(lookups)
+    bags = Shape(filled)
+    marks = ConstantOfShape<value = int64[1] {1}>(bags)
+    marked = ScatterND(unmarked, starts_P1, marks)
+    ordinal = CumSum(marked, zero)
+    nth = Sub(ordinal, one)
+    bag = Gather(filled, nth)
+"""
+"""For each index, the number of its bag."""
+_DIVIDED = """
+    least = Max(sizes_B, one)
+    divisor = Cast<to = 1>(least)
+    inverse = Reciprocal(divisor)
+    inverse_column = {}
+    divided = Mul(dY, inverse_column)
+"""
+
+
+def _spread_onnx(node: Node, ranks: Sequence[int]) -> str:
+    """The gradient operators: row b of dY, once for each index of bag b."""
+    weighted, table = "Weighted" in node.type, "MainInput" in node.type
+    rank = ranks[int(weighted)]
+    others = f"others = Constant<value_ints = {list(range(1, rank))}>()" if rank > 1 else ""
+
+    def column(x: str) -> str:
+        return f"Unsqueeze({x}, others)" if rank > 1 else f"Identity({x})"
+
+    body = f"""
+        {CONSTANTS}
+        {_FILLED}
+        {_BAG_OF_EACH}
+        {others}
+        {_DIVIDED.format(column("inverse")) if "Mean" in node.type else ""}
+        {"rows" if weighted else "Y"} = Gather({"divided" if "Mean" in node.type else "dY"}, bag)
+    """
+    if weighted:
+        body += f"weights = {column('w')} Y = Mul(rows, weights)"
+    if table:
+        body += f"""
+            looked_up = Gather(D, I)
+            products = Mul(rows, looked_up)
+            dw = {"ReduceSum<keepdims = 0>(products, others)" if rank > 1 else "Identity(products)"}
+        """
+    return function(node, [*(["w"] if weighted else []), "dY", "L", *(["D"] if table else []), "I"],
+                    ["Y", *(["dw"] if table else [])], body, variant=() if rank == 2 else ("rank", rank))
+
+
 def _gather_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     """Y = D[I], any dtype; along axis 0, the only one supported here."""
     expect_dtype(node, inputs, *INDEX, at=[1])
@@ -323,12 +284,14 @@ OPERATORS = [
              onnx=_bags_onnx),
     Operator("SparseLengthsWeightedSum", (4, 4), (1, 1), _sum_infer, _weighted_aten, _WEIGHTS, _weighted_gradient,
              _bags_onnx),
-    Operator(_GRADIENT.format("Sum"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _sum_gradient_aten),
-    Operator(_GRADIENT.format("Mean"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _mean_gradient_aten),
+    Operator(_GRADIENT.format("Sum"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _sum_gradient_aten,
+             onnx=_spread_onnx),
+    Operator(_GRADIENT.format("Mean"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _mean_gradient_aten,
+             onnx=_spread_onnx),
     Operator(_GRADIENT.format("WeightedSum"), (4, 4), (1, 1), _weighted_gradient_infer, _weighted_gradient_aten,
-             _WEIGHTS),
+             _WEIGHTS, onnx=_spread_onnx),
     Operator(_GRADIENT.format("WeightedSumWithMainInput"), (5, 5), (2, 2), _main_input_infer, _main_input_aten,
-             _WEIGHTS),
+             _WEIGHTS, onnx=_spread_onnx),
     Operator("Gather", (2, 2), (1, 1), _gather_infer, _gather_aten, gradient=_gather_gradient,
              onnx=simple("D, I", "Y = Gather(D, I)")),
 ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlrm_caffe2.operators.lowering import simple
+from dlrm_caffe2.operators.lowering import function, reshaped, simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
     INT32,
@@ -178,6 +178,17 @@ def _distance_gradient_aten(node: Node, x, y, dz):
     return dx, -dx
 
 
+def _distance_gradient_onnx(node: Node, ranks: Sequence[int]) -> str:
+    rank = ranks[0]
+    column = f"others = Constant<value_ints = {list(range(1, rank))}>() column = Unsqueeze(dZ, others)"
+    return function(node, ["X", "T", "dZ"], ["dX", "dT"], f"""
+        difference = Sub(X, T)
+        {column if rank > 1 else "column = Identity(dZ)"}
+        dX = Mul(column, difference)
+        dT = Neg(dX)
+    """, variant=() if rank == 2 else ("rank", rank))
+
+
 def _clip_aten(node: Node, x):
     return x.clamp(node.args["min"], node.args["max"])
 
@@ -233,6 +244,29 @@ def _mul_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[Tensor
 def _mul_gradient_aten(node: Node, dc, a, b):
     """dA = dC * B and dB = dC * A, summed over the dimensions along which an input was broadcast."""
     return (dc * b).sum_to_size(a.shape), (dc * a).sum_to_size(b.shape)
+
+
+def _mul_gradient_onnx(node: Node, ranks: Sequence[int]) -> str:
+    """The dimensions along which an input was broadcast are among those of size 1: only a run tells which."""
+    body = ""
+    for own, other, rank in (("A", "B", ranks[1]), ("B", "A", ranks[2])):
+        ones = ranks[0] - rank
+        body += f"""
+            product_{own} = Mul(dC, {other})
+            own_{own} = Shape({own})
+            {f"ones_{own} = Constant<value_ints = {[1] * ones}>() " if ones else ""}
+            shape_{own} = {f"Concat<axis = 0>(ones_{own}, own_{own})" if ones else f"Identity(own_{own})"}
+            repeated_{own} = Equal(shape_{own}, one)
+            axes_1R_{own} = NonZero(repeated_{own})
+            axes_{own} = Squeeze(axes_1R_{own}, axis0)
+            sum_{own} = ReduceSum<keepdims = 1, noop_with_empty_axes = 1>(product_{own}, axes_{own})
+            d{own} = Reshape<allowzero = 1>(sum_{own}, own_{own})
+        """
+    return function(node, ["dC", "A", "B"], ["dA", "dB"], f"""
+        one = Constant<value_int = 1>()
+        axis0 = Constant<value_ints = [0]>()
+        {body}
+    """, variant=["rank", *ranks])
 
 
 def _average_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -323,28 +357,98 @@ _AVERAGE = """
     Y = Div(sum, divisor_float)
 """
 
+_TWO_CLASS_GRADIENT = """
+    zero = Constant<value_int = 0>()
+    one = Constant<value_int = 1>()
+    first = Gather<axis = -1>(dY, zero)
+    second = Gather<axis = -1>(dY, one)
+    dX = Sub(second, first)
+"""
+_LABEL_GRADIENT = f"""
+    column = Constant<value_ints = [-1, 1]>()
+    axis = Constant<value_ints = [1]>()
+    floor = Constant<value_float = {LOG_FLOOR}>()
+    x_NC = Flatten(X)
+    label_int64 = Cast<to = 7>(label)
+    label_N1 = Reshape(label_int64, column)
+    chosen_N1 = GatherElements<axis = 1>(x_NC, label_N1)
+    probability_N1 = Max(chosen_N1, floor)
+    dy_N1 = Unsqueeze(dY, axis)
+    quotient_N1 = Div(dy_N1, probability_N1)
+    at_label_N1 = Neg(quotient_N1)
+    shape_NC = Shape(x_NC)
+    zeros_NC = ConstantOfShape(shape_NC)
+    dx_NC = ScatterElements<axis = 1>(zeros_NC, label_N1, at_label_N1)
+    {reshaped("dX", "dx_NC", "X")}
+"""
+_LOGITS_GRADIENT = """
+    one = Constant<value_float = 1.0>()
+    axis1 = Constant<value_ints = [1]>()
+    leading = Shape<end = -1>(X)
+    classes = Shape<start = -1>(X)
+    column = Concat<axis = 0>(leading, axis1)
+    dy = Reshape<allowzero = 1>(dY, column)
+    divisor = Cast<to = 1>(classes)
+    scale = Div(dy, divisor)
+    negative = Neg(X)
+    power = Exp(negative)
+    sum = Add(one, power)
+    sigmoid = Reciprocal(sum)
+    difference = Sub(sigmoid, t)
+    dX = Mul(scale, difference)
+"""
+_CLIP_GRADIENT = f"""
+    least = Constant<value_float: float = @min>()
+    greatest = Constant<value_float: float = @max>()
+    above = Greater(Y, least)
+    below = Less(Y, greatest)
+    inside = And(above, below)
+    mask = Cast<to = 1>(inside)
+    {reshaped("dy", "dY", "Y")}
+    dX = Mul(dy, mask)
+"""
+_AVERAGE_GRADIENT = f"""
+    one = Constant<value_int = 1>()
+    axis1 = Constant<value_ints = [1]>()
+    size = Size(X)
+    divisor = Max(size, one)
+    divisor_float = Cast<to = 1>(divisor)
+    dy = Reshape(dY, axis1)
+    dx = Div(dy, divisor_float)
+    count = Reshape(size, axis1)
+    repeated = Expand(dx, count)
+    {reshaped("dX", "repeated", "X")}
+"""
+
 _BOUNDS = {"min": Arg("f", -_LARGEST), "max": Arg("f", _LARGEST)}
 
 OPERATORS = [
     Operator("MakeTwoClass", (1, 1), (1, 1), _two_class_infer, _two_class_aten, gradient=_two_class_gradient,
              onnx=simple("X", _TWO_CLASS)),
-    Operator("MakeTwoClassGradient", (1, 1), (1, 1), _two_class_gradient_infer, _two_class_gradient_aten),
+    Operator("MakeTwoClassGradient", (1, 1), (1, 1), _two_class_gradient_infer, _two_class_gradient_aten,
+             onnx=simple("dY", _TWO_CLASS_GRADIENT, outputs="dX")),
     Operator("LabelCrossEntropy", (2, 2), (1, 1), _label_infer, _label_aten, gradient=_label_gradient,
              onnx=simple("X, label", _LABEL)),
-    Operator("LabelCrossEntropyGradient", (3, 3), (1, 1), _label_gradient_infer, _label_gradient_aten),
+    Operator("LabelCrossEntropyGradient", (3, 3), (1, 1), _label_gradient_infer, _label_gradient_aten,
+             onnx=simple("X, label, dY", _LABEL_GRADIENT, outputs="dX")),
     Operator("SigmoidCrossEntropyWithLogits", (2, 2), (1, 1), _logits_infer, _logits_aten,
              gradient=_logits_gradient, onnx=simple("X, t", _LOGITS)),
-    Operator("SigmoidCrossEntropyWithLogitsGradient", (3, 3), (1, 1), _logits_gradient_infer, _logits_gradient_aten),
+    Operator("SigmoidCrossEntropyWithLogitsGradient", (3, 3), (1, 1), _logits_gradient_infer, _logits_gradient_aten,
+             onnx=simple("dY, X, t", _LOGITS_GRADIENT, outputs="dX")),
     Operator("SquaredL2Distance", (2, 2), (1, 1), _distance_infer, _distance_aten, gradient=_distance_gradient,
              onnx=simple("X, T", _DISTANCE)),
-    Operator("SquaredL2DistanceGradient", (3, 3), (2, 2), _distance_gradient_infer, _distance_gradient_aten),
+    Operator("SquaredL2DistanceGradient", (3, 3), (2, 2), _distance_gradient_infer, _distance_gradient_aten,
+             onnx=_distance_gradient_onnx),
     Operator("Clip", (1, 1), (1, 1), same_as_input(), _clip_aten, _BOUNDS, _clip_gradient,
              simple("X", _CLIP, "min", "max")),
-    Operator("ClipGradient", (2, 2), (1, 1), _clip_gradient_infer, _clip_gradient_aten, _BOUNDS),
+    Operator("ClipGradient", (2, 2), (1, 1), _clip_gradient_infer, _clip_gradient_aten, _BOUNDS,
+             onnx=simple("Y, dY", _CLIP_GRADIENT, "min", "max", outputs="dX")),
     Operator("Mul", (2, 2), (1, 1), _mul_infer, _mul_aten, gradient=_mul_gradient,
              onnx=simple("A, B", "Y = Mul(A, B)")),
-    Operator("MulGradient", (3, 3), (2, 2), _mul_gradient_infer, _mul_gradient_aten),
+    Operator("MulGradient", (3, 3), (2, 2), _mul_gradient_infer, _mul_gradient_aten,
+             onnx=_mul_gradient_onnx),
     Operator("AveragedLoss", (1, 1), (1, 1), _average_infer, _average_aten, gradient=_average_gradient,
              onnx=simple("X", _AVERAGE)),
-    Operator("AveragedLossGradient", (2, 2), (1, 1), _average_gradient_infer, _average_gradient_aten),
+    Operator("AveragedLossGradient", (2, 2), (1, 1), _average_gradient_infer, _average_gradient_aten,
+             onnx=simple("X, dY", _AVERAGE_GRADIENT, outputs="dX")),
 ]

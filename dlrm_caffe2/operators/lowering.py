@@ -26,11 +26,23 @@ def function(node: Node, inputs: Iterable[str], outputs: Iterable[str], body: st
             f"{name} {declared}({', '.join(inputs)}) => ({', '.join(outputs)}) {{{body}}}")
 
 
-def simple(inputs: str, body: str, *attributes: str) -> Onnx:
-    """A lowering that is the same function for every node: comma-separated inputs, one output Y."""
+def simple(inputs: str, body: str, *attributes: str, outputs: str = "Y") -> Onnx:
+    """A lowering that is the same function for every node: comma-separated inputs and outputs."""
     def onnx(node: Node, ranks: Sequence[int]) -> str:
-        return function(node, [inputs], ["Y"], body, attributes=attributes)
+        return function(node, [inputs], [outputs], body, attributes=attributes)
     return onnx
+
+
+def as_scalar(scalar: str, tensor: str, rank: int) -> str:
+    """A tensor of one element without its dimensions."""
+    if rank == 0:
+        return f"{scalar} = Identity({tensor})"
+    return f"{scalar}_axes = Constant<value_ints = {list(range(rank))}>() {scalar} = Squeeze({tensor}, {scalar}_axes)"
+
+
+def reshaped(output: str, tensor: str, like: str) -> str:
+    """The elements of a tensor in the shape of another."""
+    return f"{output}_shape = Shape({like}) {output} = Reshape<allowzero = 1>({tensor}, {output}_shape)"
 
 
 def onnx_type(dtype: np.dtype) -> int:

@@ -36,6 +36,7 @@ from dlrm_caffe2.operators.rules import (
     same_as_input,
     size,
 )
+from dlrm_caffe2.operators.segments import CONSTANTS, SORTED_RUNS
 
 
 def _axis(node: Node, rank: int) -> int:
@@ -67,13 +68,19 @@ def _concat_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     return [TensorType(first.dtype, shape), TensorType(INT32, (len(inputs),))]
 
 
+def piece_lengths(node: Node, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Concat's second output: the length of each piece along the axis, 1 along a new axis."""
+    axis = _axis(node, len(shapes[0]) + _stacks(node))
+    return tuple(1 if _stacks(node) else shape[axis] for shape in shapes)
+
+
 def _concat_aten(node: Node, *inputs):
-    """The joined tensor and, as int32, the length of each piece along the axis (1 along a new axis)."""
+    """The joined tensor and, as int32, the lengths of its pieces."""
     import torch
 
-    axis = _axis(node, inputs[0].dim() + _stacks(node))
-    lengths = [1 if _stacks(node) else piece.shape[axis] for piece in inputs]
+    lengths = piece_lengths(node, [piece.shape for piece in inputs])
     info = torch.tensor(lengths, dtype=torch.int32, device=inputs[0].device)
+    axis = _axis(node, inputs[0].dim() + _stacks(node))
     return (torch.stack if _stacks(node) else torch.cat)(inputs, axis), info
 
 
@@ -257,6 +264,42 @@ def _batch_scatter_aten(node: Node, data, indices, dy):
     return torch.zeros_like(data).scatter_add_(1, places, dy)
 
 
+_BATCH_SCATTER = f"""
+    {CONSTANTS}
+    everything = Constant<value_ints = [-1]>()
+    axis2 = Constant<value_ints = [2]>()
+    flat = Reshape(I, everything)
+    {SORTED_RUNS.format(indices="flat")}
+    batch = Shape<end = 1>(D)
+    columns = Shape<start = 1, end = 2>(D)
+    rest = Shape<start = 2>(D)
+    pieces_shape = Concat<axis = 0>(batch, count, rest)
+    pieces = Reshape<allowzero = 1>(dY, pieces_shape)
+    nothing_shape = Concat<axis = 0>(batch, axis1, rest)
+    nothing = ConstantOfShape(nothing_shape)
+    padded = Concat<axis = 1>(pieces, nothing)
+    all_sizes = Concat<axis = 0>(axis1, sizes)
+    most = ReduceMax<keepdims = 0>(all_sizes)
+    lane = Range(zero, most, one)
+    sizes_U1 = Unsqueeze(sizes, axis1)
+    starts_U1 = Unsqueeze(starts, axis1)
+    used_UR = Less(lane, sizes_U1)
+    last_U1 = Sub(sizes_U1, one)
+    lane_UR = Min(lane, last_U1)
+    place_UR = Add(starts_U1, lane_UR)
+    piece_UR = Gather(order, place_UR)
+    piece_or_none_UR = Where(used_UR, piece_UR, count)
+    width = Reshape(most, axis1)
+    sources_shape = Concat<axis = 0>(columns, width)
+    none_CR = Expand(count, sources_shape)
+    source_CR = ScatterND(none_CR, distinct_U1, piece_or_none_UR)
+    terms = Gather<axis = 1>(padded, source_CR)
+    dD = ReduceSum<keepdims = 0>(terms, axis2)
+"""
+"""Looks up, for each column, the R places that it was gathered to, R being the most that any has; the others look up
+the zeros that are appended."""
+
+
 def _cast_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
     """Between the data types of net.DTYPES, float16 excepted, as on Caffe2's CPU. Towards zero for integers."""
     node.require(node.args["to"] in DTYPES, f"'to' {node.args['to']} is not a supported data type")
@@ -349,7 +392,8 @@ OPERATORS = [
              onnx=simple("X, like", _RESIZE)),
     Operator("BatchGather", (2, 2), (1, 1), _batch_gather_infer, _batch_gather_aten,
              gradient=_batch_gather_gradient, onnx=simple("D, I", "Y = Gather<axis = 1>(D, I)")),
-    Operator("BatchGatherGradient", (3, 3), (1, 1), _batch_scatter_infer, _batch_scatter_aten),
+    Operator("BatchGatherGradient", (3, 3), (1, 1), _batch_scatter_infer, _batch_scatter_aten,
+             onnx=simple("D, I, dY", _BATCH_SCATTER, outputs="dD")),
     Operator("Cast", (1, 1), (1, 1), _cast_infer, _cast_aten, {"to": Arg("i", required=True)},
              onnx=_cast_onnx),
     Operator("Copy", (1, 1), (1, 1), _any_infer, _copy_aten, gradient=_copy_gradient,
