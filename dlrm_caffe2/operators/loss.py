@@ -305,7 +305,7 @@ _TWO_CLASS = """
     second_class = Unsqueeze(X, last)
     Y = Concat<axis = -1>(first_class, second_class)
 """
-_LABEL = f"""
+_OWN_CLASS = f"""
     column = Constant<value_ints = [-1, 1]>()
     axis = Constant<value_ints = [1]>()
     floor = Constant<value_float = {LOG_FLOOR}>()
@@ -313,8 +313,11 @@ _LABEL = f"""
     label_int64 = Cast<to = 7>(label)
     label_N1 = Reshape(label_int64, column)
     chosen_N1 = GatherElements<axis = 1>(x_NC, label_N1)
-    chosen = Squeeze(chosen_N1, axis)
-    probability = Max(chosen, floor)
+    probability_N1 = Max(chosen_N1, floor)
+"""
+_LABEL = f"""
+    {_OWN_CLASS}
+    probability = Squeeze(probability_N1, axis)
     log = Log(probability)
     Y = Neg(log)
 """
@@ -365,14 +368,7 @@ _TWO_CLASS_GRADIENT = """
     dX = Sub(second, first)
 """
 _LABEL_GRADIENT = f"""
-    column = Constant<value_ints = [-1, 1]>()
-    axis = Constant<value_ints = [1]>()
-    floor = Constant<value_float = {LOG_FLOOR}>()
-    x_NC = Flatten(X)
-    label_int64 = Cast<to = 7>(label)
-    label_N1 = Reshape(label_int64, column)
-    chosen_N1 = GatherElements<axis = 1>(x_NC, label_N1)
-    probability_N1 = Max(chosen_N1, floor)
+    {_OWN_CLASS}
     dy_N1 = Unsqueeze(dY, axis)
     quotient_N1 = Div(dy_N1, probability_N1)
     at_label_N1 = Neg(quotient_N1)
