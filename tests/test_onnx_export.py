@@ -16,9 +16,13 @@ from test_operators import judge, run_aten
 from dlrm_caffe2 import export
 from dlrm_caffe2.backend import ONNX
 from dlrm_caffe2.engine.onnxruntime import OnnxEngine
-from dlrm_caffe2.export import Axes, export_net, export_onnx, initial_blobs, inline, train_model
+from dlrm_caffe2.export import export_onnx, train_model
+from dlrm_caffe2.initial import initial_blobs
 from dlrm_caffe2.model import constants, init_net, predict_net, train_net
 from dlrm_caffe2.net import make_operator
+from dlrm_caffe2.onnx import convert
+from dlrm_caffe2.onnx.axes import Axes
+from dlrm_caffe2.onnx.convert import export_net, inline
 from dlrm_caffe2.operators import record, records
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
@@ -304,7 +308,7 @@ def test_nothing_is_written_to_a_folder_that_cannot_be(tiny, tmp_path: Path):
 
 
 def test_operators_without_a_lowering_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(export, "record", lambda type: replace(record(type), onnx=None))
+    monkeypatch.setattr(convert, "record", lambda type: replace(record(type), onnx=None))
     net = NetDef(name="net", op=[make_operator("Relu", ["x"], ["y"])])
     with pytest.raises(InputError, match=r"net 'net': .*found Relu"):
         export_net(net, {}, {"x": Axes(np.dtype(np.float32), ("B",))})
@@ -451,6 +455,6 @@ def test_engine_errors(engine: OnnxEngine, monkeypatch: pytest.MonkeyPatch):
         engine.create(net)
     with pytest.raises(EngineError, match=r"net 'net' in ONNX Runtime: .*out of data bounds"):
         engine.run("net", {"i": np.array([2])}, ["y"])
-    monkeypatch.setattr(export, "record", lambda type: replace(record(type), onnx=None))
+    monkeypatch.setattr(convert, "record", lambda type: replace(record(type), onnx=None))
     with pytest.raises(EngineError, match="found Relu"):
         engine.create(NetDef(name="other", op=[make_operator("Relu", ["w"], ["y"])], external_output=["y"]))

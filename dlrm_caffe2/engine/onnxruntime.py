@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs nets as the ONNX models that `export.py` makes of them."""
+"""ONNX Runtime: runs nets as the ONNX models that `onnx/convert.py` makes of them."""
 
 import json
 import os
@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_caffe2.export import OPSET, Axes, check_exportable, export_net, initial_blobs
+from dlrm_caffe2.initial import initial_blobs
 from dlrm_caffe2.net import outside_blobs
+from dlrm_caffe2.onnx.axes import Axes
+from dlrm_caffe2.onnx.convert import check_exportable, export_net
+from dlrm_caffe2.operators.lowering import OPSET
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
 from spec.parameters import Arrays

@@ -1,0 +1,120 @@
+"""Nets as ONNX models.
+
+Each operator is one node, a function of the domain "caffe2" that holds its lowering, and every blob keeps its name; of
+a blob that is written several times, each version has one (see versions.py). The same model inlined, for runtimes
+without functions, has ONNX's own operators alone.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dlrm_caffe2.check import check_net
+from dlrm_caffe2.net import outside_blobs
+from dlrm_caffe2.onnx.axes import Axes, value_types
+from dlrm_caffe2.onnx.versions import single_assignment
+from dlrm_caffe2.operators import Node, record
+from dlrm_caffe2.operators.lowering import DOMAIN, OPSET, onnx_type
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef
+from spec.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx
+
+IR_VERSION = 8
+"""The newest that ONNX Runtime 1.16 reads; functions need it."""
+
+
+def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
+               outputs: Sequence[str] | None = None, sizes: Mapping[str, int] | None = None,
+               external: str | None = None) -> "onnx.ModelProto":
+    """A net as an ONNX model.
+
+    Args:
+        blobs: values of the external inputs that are constants of the model: its initializers.
+        inputs: the other external inputs.
+        outputs: blobs to return, as they are in the end; by default the net's external outputs.
+        sizes: an example of the named sizes, where not all that have different names may differ from each other.
+            The sizes of intermediate values are then left open.
+        external: the name of a file that will hold the initializers, one after the other as in `blobs`.
+
+    Raises EngineError for a net that cannot run (see check.check_net) or whose types do not fit together, and
+    InputError for one that ONNX cannot express, since an operator has no lowering.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    used = outside_blobs(net.op)
+    nodes, last = single_assignment(check_exportable(net, inputs.keys() | blobs.keys()), used)
+    types = value_types(net, nodes, blobs, inputs, sizes)
+    functions: dict[str, onnx.FunctionProto] = {}
+    calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
+    initializers, offset = [], 0
+    for name, array in blobs.items():
+        if name in used:
+            tensor = TensorProto(name=name, dims=array.shape, data_type=onnx_type(array.dtype))
+            if external is None:
+                tensor.raw_data = little_endian(array).tobytes()
+            else:
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, value in {"location": external, "offset": offset, "length": array.nbytes}.items():
+                    tensor.external_data.add(key=key, value=str(value))
+            initializers.append(tensor)
+        offset += array.nbytes
+    outputs = [last.get(name, name) for name in (net.external_output if outputs is None else outputs)]
+    produced = [name for node in nodes for name in node.outputs]
+    graph = helper.make_graph(
+        calls, net.name,
+        [_value(name, axes, axes.doc) for name, axes in inputs.items() if name in used],
+        [_value(name, types[name]) for name in outputs],
+        initializers,
+        value_info=[_value(name, types[name]) for name in produced if name not in outputs])
+    return helper.make_model(graph, ir_version=IR_VERSION, producer_name="dlrm-parity", functions=functions.values(),
+                             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
+
+
+def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
+    """check.check_net, and what ONNX asks for besides; raises what `export_net` does."""
+    nodes = check_net(net, blobs)
+    missing = sorted({node.type for node in nodes if record(node.type).onnx is None})
+    if missing:
+        raise InputError(f"net '{net.name}'", "operators that have an ONNX lowering", ", ".join(missing),
+                         "add lowerings to their records")
+    return nodes
+
+
+def inline(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same model of ONNX's own operators alone."""
+    from onnx import inliner
+
+    flat = inliner.inline_local_functions(model)
+    standard = [imported for imported in flat.opset_import if imported.domain != DOMAIN]
+    del flat.opset_import[:]
+    flat.opset_import.extend(standard)
+    return flat
+
+
+def _call(node: Node, ranks: list[int], functions: dict[str, "onnx.FunctionProto"]) -> "onnx.NodeProto":
+    """The node that calls a node's function, which is added to `functions` where it is new."""
+    from onnx import AttributeProto, helper, parser
+
+    function = parser.parse_function(record(node.type).onnx(node, ranks))
+    assert functions.setdefault(function.name, function) == function, f"two functions are named {function.name}"
+    call = helper.make_node(function.name, node.inputs, node.outputs, node.outputs[0], domain=DOMAIN)
+    kinds = {"ints": AttributeProto.INTS, "floats": AttributeProto.FLOATS}  # an empty list does not tell its kind
+    call.attribute.extend(
+        helper.make_attribute(name, node.args[name], attr_type=kinds.get(record(node.type).args[name].field))
+        for name in function.attribute)
+    return call
+
+
+def _value(name: str, axes: Axes, doc: str = "") -> "onnx.ValueInfoProto":
+    from onnx import helper
+
+    shape = [None if size == "" else size for size in axes.shape]
+    return helper.make_tensor_value_info(name, onnx_type(axes.dtype), shape, doc)
+
+
+def little_endian(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
