@@ -42,7 +42,7 @@ class NetModel:
     """
 
     def __init__(self, spec: ModelSpec, parameters: Arrays, engine: NetEngine) -> None:
-        self.spec, self.engine = spec, engine.description
+        self.spec, self.engine, self.threads = spec, engine.description, engine.threads
         self._engine = engine
         self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
         self._trace_blobs = trace_blobs(spec)
@@ -68,8 +68,10 @@ class NetModel:
     def optimizer_state(self) -> Arrays:
         return self._engine.fetch(tuple(state_shapes(self.spec)))
 
-    def profile(self, batch: Batch) -> dict[str, float]:
+    def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
         """A training step is undone afterwards, from a copy of all that it changes."""
+        if not training:
+            return self._engine.profile(*self._prepare(predict_net, batch))
         before = self._engine.fetch((*trained_parameters(self.spec), *state_shapes(self.spec)))
         name, feeds = self._prepare(train_net, batch)
         seconds = self._engine.profile(name, feeds)

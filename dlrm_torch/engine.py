@@ -1,7 +1,5 @@
 """What runs the modules: eager PyTorch, one model resident in it."""
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlrm_torch.loss import mean_loss
 from dlrm_torch.model import DLRM, Tap, untapped
 from dlrm_torch.optimizer import Optimizer
+from dlrm_torch.profile import Stopwatch
 from spec.batch import Batch
 from spec.model import ModelSpec
 from spec.parameters import Arrays, check_parameters, is_sparse, trained_parameters
@@ -73,7 +71,8 @@ class TorchModel:
         self.module.to(device)
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._optimizer = Optimizer(spec, self._trained)
-        self.engine = f"PyTorch {torch.__version__} eager, {device}, {torch.get_num_threads()} threads"
+        self.threads = torch.get_num_threads()
+        self.engine = f"PyTorch {torch.__version__} eager, {device}, {self.threads} threads"
 
     def predict(self, batch: Batch) -> np.ndarray:
         inputs = self._inputs(batch)
@@ -92,11 +91,16 @@ class TorchModel:
     def optimizer_state(self) -> Arrays:
         return {name: _array(x) for name, x in self._optimizer.state.items()}
 
-    def profile(self, batch: Batch) -> dict[str, float]:
-        """Seconds in each ATen operator during one step, which is then undone; autograd's own work is in none."""
+    def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
+        """By "part/ATen operator"; a step is undone afterwards; autograd's own work is in none."""
         inputs = self._inputs(batch)
-        with self._undone(inputs), _Stopwatch(self.device) as stopwatch:
-            self._step(inputs)
+        stopwatch = Stopwatch(self.device)
+        if training:
+            with self._undone(inputs), stopwatch:
+                self._step(inputs, stopwatch.tap)
+        else:
+            with torch.inference_mode(), stopwatch:
+                self.module.outputs(inputs.dense, inputs.indices, inputs.lengths, stopwatch.tap)
         return dict(stopwatch.seconds)
 
     def close(self) -> None:
@@ -107,8 +111,8 @@ class TorchModel:
         batch.validate(self.spec)
         return inputs_from(batch, self.device)
 
-    def _step(self, inputs: Inputs) -> float:
-        loss = evaluate(self.module, inputs)
+    def _step(self, inputs: Inputs, tap: Tap = untapped) -> float:
+        loss = evaluate(self.module, inputs, tap)
         gradients = torch.autograd.grad(loss, list(self._trained.values()))
         self._optimizer.step(dict(zip(self._trained, gradients, strict=True)))
         return loss.item()
@@ -126,22 +130,6 @@ class TorchModel:
         finally:
             for tensor, part, before in saved:
                 tensor[part] = before
-
-
-class _Stopwatch(TorchDispatchMode):
-    """Times every operator that reaches a kernel. torch.profiler does too, but writes to stderr from C++."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        self._finish()
-        self.seconds[str(func.overloadpacket)] += time.perf_counter() - start
-        return result
 
 
 def _tensor(array: np.ndarray, device: str) -> Tensor:

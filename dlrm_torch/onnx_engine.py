@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 
 from dlrm_torch.export import OPSET, forward_model, write_model
+from spec.backend import PARTS
 from spec.batch import Batch
 from spec.errors import EngineError
 from spec.model import ModelSpec
@@ -29,8 +30,9 @@ class OnnxModel:
     def __init__(self, spec: ModelSpec, parameters: Arrays) -> None:
         check_parameters(spec, parameters)
         self.spec = spec
+        self.threads = torch.get_num_threads()
         self.engine = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, exported by PyTorch "
-                       f"{torch.__version__}, {torch.get_num_threads()} threads")
+                       f"{torch.__version__}, {self.threads} threads")
         self._parameters = {name: array.copy() for name, array in parameters.items()}
         self._model = forward_model(spec)
         self._folder = tempfile.TemporaryDirectory(prefix="dlrm-torch-onnx-")
@@ -51,8 +53,8 @@ class OnnxModel:
     def optimizer_state(self) -> Arrays:
         raise NotImplementedError("torch-onnx only predicts")
 
-    def profile(self, batch: Batch) -> dict[str, float]:
-        """By types of ONNX's operators, after ONNX Runtime's fusions; of the second prediction."""
+    def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
+        """By "part/ONNX operator", after ONNX Runtime's fusions; of the second prediction."""
         session = self._session(("probability",), profiled=True)
         for _ in range(2):
             self._feed(session, ("probability",), batch)
@@ -63,7 +65,9 @@ class OnnxModel:
             if event["name"].endswith("_kernel_time") and event["ts"] >= start:
                 type = event["args"]["op_name"]
                 if type not in _CONTAINERS:  # their time is that of the nodes within
-                    seconds[type] = seconds.get(type, 0.0) + event["dur"] * 1e-6
+                    part = next((part for part in PARTS if f"{part}/" in event["name"]), "")
+                    key = f"{part}/{type}" if part else type
+                    seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
 
     def close(self) -> None:
@@ -88,7 +92,7 @@ class OnnxModel:
         path = Path(self._folder.name) / "model.onnx"
         write_model(self._model, self._parameters, path, outputs)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         # Idle threads would otherwise spin and take the cores from other engines in the process.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

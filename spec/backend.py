@@ -18,6 +18,9 @@ from spec.parameters import Arrays
 
 GROUP = "dlrm.backends"
 
+PARTS = ("fc", "activation", "embedding", "interaction", "loss", "optimizer")
+"""What an operator can work for: see Model.profile."""
+
 
 @dataclass(frozen=True)
 class Availability:
@@ -33,6 +36,9 @@ class Model(Protocol):
 
     engine: str
     """What really runs, with versions: "PyTorch 2.13.0, cpu, 2 threads"."""
+
+    threads: int
+    """Threads that it computes with: `spec.threads.thread_count`, unless the process was told otherwise since."""
 
     def predict(self, batch: Batch) -> np.ndarray:
         """`probability`, float32 [B, 1]. Changes nothing."""
@@ -53,8 +59,13 @@ class Model(Protocol):
     def optimizer_state(self) -> Arrays:
         """A copy of all of `spec.parameters.state_shapes`, float32."""
 
-    def profile(self, batch: Batch) -> dict[str, float]:
-        """Seconds spent in each operator type in one training step (one prediction, where it cannot train)."""
+    def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
+        """Seconds spent in each type of operator in one training step, or in one prediction: without `training`, and
+        where it cannot train. Changes no parameter.
+
+        A key is the engine's own name of the type, behind what it is part of where the engine knows that: one of
+        PARTS ("embedding/aten.index_select"), or a Caffe2 operator ("SparseLengthsSum/Gather").
+        """
 
     def close(self) -> None:
         """Free the engine: processes end, memory is returned. Idempotent."""

@@ -24,6 +24,15 @@ def activations(spec: ModelSpec) -> tuple[str, ...]:
             "probability", "loss")
 
 
+def part_of(activation: str) -> str:
+    """Which of `spec.backend.PARTS` computes an activation."""
+    owner, _, last = activation.rpartition(".")
+    if last in ("activation", "probability"):
+        return "activation"
+    return {"bottom": "fc", "top": "fc", "tables": "embedding", "interaction": "interaction"}.get(
+        owner.partition(".")[0], "loss")
+
+
 def activation_gradients(spec: ModelSpec) -> tuple[str, ...]:
     """Gradients of the activations, in the order of the backward pass.
 

@@ -61,7 +61,7 @@ class Rounded:
     def optimizer_state(self):
         return {name: array.copy() for name, array in self.state.items()}
 
-    def profile(self, batch):
+    def profile(self, batch, training=True):
         return {}
 
     def close(self):

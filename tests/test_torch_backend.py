@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dlrm_torch.backend import BACKEND
-from spec.backend import load_backend
+from spec.backend import PARTS, load_backend
 from spec.batch import Batch
 from spec.data.random import random_batch
 from spec.errors import EngineError, InputError
@@ -112,10 +112,21 @@ def test_predict_trace_and_profile_change_nothing(kind):
     assert_same(before, snapshot(model))
     assert probability.dtype == np.float32 and probability.shape == (32, 1)
     np.testing.assert_array_equal(probability, traced["probability"])
-    assert seconds["aten.addmm"] > 0 and all(value >= 0 for value in seconds.values())
+    assert seconds["fc/aten.addmm"] > 0 and all(value >= 0 for value in seconds.values())
     for array in traced.values():
         array.fill(0)  # none of them is the batch's own memory
     assert_same(arrays, batch.arrays())
+
+
+def test_profile_tells_what_each_operator_works_for():
+    spec, model = make("adagrad")
+    training, inference = (model.profile(batch_of(spec), training) for training in (True, False))
+    parts = {key.partition("/")[0] for key in training}
+    assert parts == set(PARTS) and {key.partition("/")[0] for key in inference} == parts - {"loss", "optimizer"}
+    assert {"fc/aten.addmm", "fc/aten.mm", "activation/aten.threshold_backward", "interaction/aten.bmm",
+            "embedding/aten._embedding_bag", "embedding/aten._embedding_bag_backward", "optimizer/aten.sqrt"
+            } <= set(training)
+    assert not any("backward" in key for key in inference)
 
 
 def test_trace_has_the_types_and_shapes_of_the_spec():

@@ -15,6 +15,8 @@ class NetEngine(Protocol):
     description: str
     """What really runs, with versions, device and threads; shown in every report."""
 
+    threads: int
+
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
         """Create or overwrite blobs (copied)."""
 

@@ -42,7 +42,8 @@ class AtenEngine:
         self._device = torch.device(device)
         self._blobs: dict[str, Any] = {}
         self._nets: dict[str, list[_Step]] = {}
-        self.description = f"ATen kernels of PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
+        self.threads = torch.get_num_threads()
+        self.description = f"ATen kernels of PyTorch {torch.__version__}, {device}, {self.threads} threads"
 
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
         """Create or overwrite blobs (copied). Raises EngineError for a dtype that PyTorch lacks."""

@@ -24,6 +24,7 @@ from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 from spec.parameters import Arrays
+from spec.threads import thread_count
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -41,7 +42,7 @@ class Caffe2Engine:
     EngineError.
 
     Args:
-        threads: of MKL and OpenMP; by default OMP_NUM_THREADS, or one for each core that this process may use.
+        threads: of MKL and OpenMP; by default `spec.threads.thread_count`.
         venv: a virtual environment that holds it; by default the installed one.
 
     Raises EngineError where it is not installed or does not start.
@@ -50,7 +51,7 @@ class Caffe2Engine:
     def __init__(self, threads: int | None = None, venv: Path | None = None) -> None:
         if venv is None:
             venv = check_installed()
-        self.threads = threads or _default_threads()
+        self.threads = threads or thread_count()
         self._ended = ""
         self._busy = threading.Lock()
         self._start(interpreter(venv))
@@ -171,11 +172,6 @@ def _stop(process: subprocess.Popen, sock: socket.socket, log: BinaryIO) -> None
     process.wait()
     sock.close()
     log.close()
-
-
-def _default_threads() -> int:
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
 
 
 def _checked(blobs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """ONNX Runtime: runs nets as the ONNX models that `onnx/convert.py` makes of them."""
 
 import json
-import os
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ import numpy as np
 from dlrm_caffe2.initial import initial_blobs
 from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.onnx.axes import Axes
-from dlrm_caffe2.onnx.convert import check_exportable, export_net
+from dlrm_caffe2.onnx.convert import NODE_NAME, check_exportable, export_net
 from dlrm_caffe2.operators.lowering import OPSET
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
 from spec.parameters import Arrays
+from spec.threads import thread_count
 
 _PROVIDER = "CPUExecutionProvider"
 _MOST_CONSTANTS = 2**31 - 2**24
@@ -60,13 +61,13 @@ class OnnxEngine:
     def __init__(self) -> None:
         import onnxruntime
 
-        self._threads = os.cpu_count() or 1
+        self.threads = thread_count()
         self._blobs: dict[str, onnxruntime.OrtValue] = {}
         self._variables: set[str] = set()
         self._nets: dict[str, _Kept] = {}
         self._sessions: dict[_Key, _Session] = {}
         self.description = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, "
-                            f"{self._threads} threads")
+                            f"{self.threads} threads")
 
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
         from onnxruntime import OrtValue
@@ -113,7 +114,8 @@ class OnnxEngine:
         return {blob: computed[blob].numpy().copy() if blob in computed else self.fetch([blob])[blob] for blob in fetch}
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """By types of ONNX's operators, into which the net's are fused; of the second run. Changes no blob."""
+        """By "net's operator/ONNX operator", the latter after ONNX Runtime's fusions; of the second run. Changes no
+        blob."""
         kept = self._kept(name)
         self.feed(feeds)
         key = _Key(name, tuple(feeds), tuple(kept.net.external_output))
@@ -128,7 +130,9 @@ class OnnxEngine:
             if event["name"].endswith("_kernel_time") and event["ts"] >= start:
                 type = event["args"]["op_name"]
                 if type not in _CONTAINERS:  # their time is that of the nodes within
-                    seconds[type] = seconds.get(type, 0.0) + event["dur"] * 1e-6
+                    origin = re.search(NODE_NAME, event["name"])
+                    key = f"{origin[1]}/{type}" if origin else type
+                    seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
 
     def close(self) -> None:
@@ -176,7 +180,7 @@ class OnnxEngine:
         if sum(array.nbytes for array in constants.values()) > _MOST_CONSTANTS:
             constants = {}
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         # Idle threads would otherwise spin and take the cores from other engines in the process.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -5,7 +5,7 @@ a blob that is written several times, each version has one (see versions.py). Th
 without functions, has ONNX's own operators alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 IR_VERSION = 8
 """The newest that ONNX Runtime 1.16 reads; functions need it."""
+
+NODE_NAME = r"([A-Za-z0-9]+)#\d+"
+"""What the name of a node that comes from a function holds, before and after inlining: the Caffe2 operator."""
 
 
 def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
@@ -100,6 +103,7 @@ def _call(node: Node, ranks: list[int], functions: dict[str, "onnx.FunctionProto
     from onnx import AttributeProto, helper, parser
 
     function = parser.parse_function(record(node.type).onnx(node, ranks))
+    _name_nodes(function.node, node.type)
     assert functions.setdefault(function.name, function) == function, f"two functions are named {function.name}"
     call = helper.make_node(function.name, node.inputs, node.outputs, node.outputs[0], domain=DOMAIN)
     kinds = {"ints": AttributeProto.INTS, "floats": AttributeProto.FLOATS}  # an empty list does not tell its kind
@@ -107,6 +111,14 @@ def _call(node: Node, ranks: list[int], functions: dict[str, "onnx.FunctionProto
         helper.make_attribute(name, node.args[name], attr_type=kinds.get(record(node.type).args[name].field))
         for name in function.attribute)
     return call
+
+
+def _name_nodes(nodes: Iterable["onnx.NodeProto"], type: str) -> None:
+    """Profilers show the name, and it says which Caffe2 operator the node is part of; see NODE_NAME."""
+    for number, node in enumerate(nodes):
+        node.name = f"{type}#{number}"
+        for attribute in node.attribute:
+            _name_nodes(attribute.g.node, type)
 
 
 def _value(name: str, axes: Axes, doc: str = "") -> "onnx.ValueInfoProto":
