@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING
 from dlrm_caffe2.model import constants, init_net, predict_net, train_net
 from dlrm_caffe2.net import write_net
 from dlrm_caffe2.onnx.axes import Axes
-from dlrm_caffe2.onnx.convert import export_net, inline, little_endian
+from dlrm_caffe2.onnx.convert import export_net, inline
 from dlrm_caffe2.operators.record import FLOAT, INT32, INT64
-from spec import toml
-from spec.files import replacing, write_bytes
+from spec.exported import Source, docs, metadata, stored_if_large, title
+from spec.files import write_bytes
 from spec.model import ModelSpec
 from spec.parameters import Arrays, parameter_shapes, state_shapes
 
 if TYPE_CHECKING:
     import onnx
 
-EMBEDDED_BYTES = 2**30
-"""Initializers above this are written to a file of their own: protobuf ends at 2 GiB."""
 
-
-def export_netdef(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
-    """Write init_net.pb, predict_net.pb and train_net.pb, which genuine Caffe2 loads; their paths.
+def export_netdef(spec: ModelSpec, parameters: Arrays, folder: Path, source: Source | None = None) -> list[Path]:
+    """Write init_net.pb, predict_net.pb and train_net.pb, which genuine Caffe2 loads; their paths. A NetDef has no
+    place for the source.
 
     Raises InputError where the folder cannot be written to, and for more than protobuf's 2 GiB.
     """
@@ -33,57 +31,56 @@ def export_netdef(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Pat
     return paths
 
 
-def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
+def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Source | None = None) -> list[Path]:
     """Write the predict net as model.onnx and the train net as train.onnx, both of functions, and of either an
-    .inlined.onnx; their paths.
+    .inlined.onnx; the paths of these files and of the parameters' own, if there is one.
 
-    The initial parameters are part of the predict model: above EMBEDDED_BYTES they go to model.data, which both its
-    files refer to. Raises InputError where the folder cannot be written to.
+    The predict model holds the parameters, or refers to the source's file where that is in the folder: it is made
+    where there are too many (`spec.exported.EMBEDDED_BYTES`). In the train model they are inputs. Raises InputError
+    where the folder cannot be written to.
     """
-    return [*_export_predict(spec, parameters, folder), *_write(train_model(spec), spec, folder, "train")]
+    source = stored_if_large(spec, parameters, folder, source or Source())
+    model = predict_model(spec, parameters, source.references(folder))
+    return [*source.paths(folder), *_write(model, spec, folder / "model.onnx", source.name),
+            *_write(train_model(spec), spec, folder / "train.onnx", "inputs of the model")]
 
 
-def _export_predict(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
+def predict_model(spec: ModelSpec, parameters: Arrays, stored: dict[str, tuple[str, int]]) -> "onnx.ModelProto":
+    """From a batch to `probability`. `stored`: see `export_net`."""
     net = predict_net(spec)
     blobs = {name: array for name, array in (parameters | constants(spec)).items() if name in net.external_input}
-    external = "model.data" if sum(array.nbytes for array in blobs.values()) > EMBEDDED_BYTES else None
-    model = export_net(net, blobs, {name: axes for name, axes in input_axes(spec).items()
-                                    if name in net.external_input}, external=external)
-    paths = []
-    if external:
-        paths.append(folder / external)
-        with replacing(paths[-1]) as temporary, temporary.open("wb") as file:
-            for array in blobs.values():
-                little_endian(array).tofile(file)
-    return [*paths, *_write(model, spec, folder, "model")]
+    inputs = {name: axes for name, axes in input_axes(spec).items() if name in net.external_input}
+    return export_net(net, blobs, inputs, stored=stored)
 
 
 def train_model(spec: ModelSpec) -> "onnx.ModelProto":
     """One training step: from a batch, parameters and optimizer state to the loss and to what has become of
     them, each as "X.new". The learning rate is a constant."""
-    axes = input_axes(spec)
-    axes |= {name: Axes(FLOAT, shape, "parameter") for name, shape in parameter_shapes(spec).items()}
-    axes |= {name: Axes(FLOAT, shape, "optimizer state") for name, shape in state_shapes(spec).items()}
+    shapes = parameter_shapes(spec) | state_shapes(spec)
+    axes = input_axes(spec) | {name: Axes(FLOAT, shape) for name, shape in shapes.items()}
     return export_net(train_net(spec), constants(spec), axes)
-
-
-def _write(model: "onnx.ModelProto", spec: ModelSpec, folder: Path, name: str) -> list[Path]:
-    """With functions, and inlined."""
-    model.doc_string = f"DLRM '{spec.name}': {spec.description}" if spec.description else f"DLRM '{spec.name}'"
-    for key, value in {"spec": toml.dumps(spec), "digest": spec.digest}.items():
-        model.metadata_props.add(key=key, value=value)
-    contents = {folder / f"{name}.onnx": model, folder / f"{name}.inlined.onnx": inline(model)}
-    for path, content in contents.items():
-        write_bytes(path, content.SerializeToString(deterministic=True))
-    return list(contents)
 
 
 def input_axes(spec: ModelSpec) -> dict[str, Axes]:
     """The batch's arrays, by name. "B" is the batch; each table has its own number of lookups."""
-    axes = {"dense": Axes(FLOAT, ("B", spec.dense_features), "continuous features")}
-    for number, table in enumerate(spec.tables):
+    axes = {"dense": Axes(FLOAT, ("B", spec.dense_features))}
+    for number in range(len(spec.tables)):
         name = f"tables.{number}"
-        axes[f"{name}.indices"] = Axes(INT64, (f"{name}.lookups",), f"rows that are looked up, sample by sample, "
-                                       f"each from 0 to {table.rows - 1}")
-        axes[f"{name}.lengths"] = Axes(INT32, ("B",), "how many of the indices belong to each sample; 0 is allowed")
-    return axes | {"label": Axes(FLOAT, ("B", 1), "target")}
+        axes |= {f"{name}.indices": Axes(INT64, (f"{name}.lookups",)), f"{name}.lengths": Axes(INT32, ("B",))}
+    return axes | {"label": Axes(FLOAT, ("B", 1))}
+
+
+def _write(model: "onnx.ModelProto", spec: ModelSpec, path: Path, parameters: str) -> list[Path]:
+    """With functions, and inlined. `parameters`: what the metadata says about where they come from."""
+    model.doc_string = title(spec)
+    for key, value in metadata(spec, parameters).items():
+        model.metadata_props.add(key=key, value=value)
+    texts = docs(spec)
+    for value in model.graph.input:
+        value.doc_string = texts[value.name]
+    for value in model.graph.output:
+        value.doc_string = texts.get(value.name) or f"after the update: {value.name.removesuffix('.new')}"
+    contents = {path: model, path.with_suffix(".inlined.onnx"): inline(model)}
+    for path, content in contents.items():
+        write_bytes(path, content.SerializeToString(deterministic=True))
+    return list(contents)

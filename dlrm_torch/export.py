@@ -11,7 +11,7 @@ under their own names. So tables of any size are never copied in memory, and eac
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from dlrm_torch import ragged
 from dlrm_torch.embedding import EmbeddingBag
 from dlrm_torch.model import DLRM
-from spec import toml
 from spec.errors import EngineError
-from spec.files import replacing, write_bytes
-from spec.model import ModelSpec, Table
+from spec.exported import Source, docs, metadata, stored_if_large, title
+from spec.files import write_bytes
+from spec.model import ModelSpec
 from spec.parameters import Arrays, check_parameters, parameter_shapes
 from spec.tensors import batch_names, part_of, trace_names
 
@@ -36,25 +36,29 @@ OPSET = 18
 IR_VERSION = 8
 """The newest that ONNX Runtime 1.16 reads."""
 
-EMBEDDED_BYTES = 2**30
-"""Parameters above this are written to a file of their own: protobuf ends at 2 GiB."""
 
+def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Source | None = None) -> list[Path]:
+    """Write the model that predicts as model.torch.onnx; the paths of it and of the parameters' own file, if there
+    is one.
 
-def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path) -> list[Path]:
-    """Write the model that predicts as model.torch.onnx; the paths written.
-
-    Raises InputError for parameters that are not the spec's and where the folder cannot be written to, EngineError
-    where PyTorch's exporter fails.
+    It holds the parameters, or refers to the source's file where that is in the folder: it is made where there are
+    too many (`spec.exported.EMBEDDED_BYTES`). Raises InputError for parameters that are not the spec's and where the
+    folder cannot be written to, EngineError where PyTorch's exporter fails.
     """
     check_parameters(spec, parameters)
-    return write_model(forward_model(spec), parameters, folder / "model.torch.onnx", ["probability"])
+    source = stored_if_large(spec, parameters, folder, source or Source())
+    model = forward_model(spec, source.name)
+    path = folder / "model.torch.onnx"
+    write_model(model, parameters, path, ["probability"], source.references(folder))
+    return [*source.paths(folder), path]
 
 
-def forward_model(spec: ModelSpec) -> onnx.ModelProto:
+def forward_model(spec: ModelSpec, source: str = "not recorded") -> onnx.ModelProto:
     """The model without its parameters, which are initializers that `write_model` adds.
 
     Inputs: dense, and indices and lengths of each table, as in `spec.batch`. Outputs: every activation of
-    `spec.tensors.trace_names` without gradients. Raises EngineError where PyTorch's exporter fails.
+    `spec.tensors.trace_names` without gradients. `source` is what the metadata says of the parameters. Raises
+    EngineError where PyTorch's exporter fails.
     """
     small = spec.capped(1)
     module = _Traced(small).eval().requires_grad_(False)
@@ -76,14 +80,15 @@ def forward_model(spec: ModelSpec) -> onnx.ModelProto:
             raise EngineError(f"torch.onnx.export of PyTorch {torch.__version__}: "
                               f"{str(error).splitlines()[0]}") from error
         exported = program.model_proto
-    return _assemble(spec, exported)
+    return _assemble(spec, exported, source)
 
 
-def write_model(model: onnx.ModelProto, parameters: Arrays, path: Path, outputs: Collection[str]) -> list[Path]:
-    """Write a `forward_model` with its parameters and some of its outputs; the paths written.
+def write_model(model: onnx.ModelProto, parameters: Arrays, path: Path, outputs: Collection[str],
+                stored: Mapping[str, tuple[str, int]]) -> None:
+    """Write a `forward_model` with its parameters and some of its outputs.
 
-    Parameters above EMBEDDED_BYTES go to a second file beside it, `path` with the suffix .data. Raises InputError
-    where the folder cannot be written to.
+    `stored`: of the parameters that a file holds, for the model to refer to, its path and where in it each begins.
+    Raises InputError where the folder cannot be written to.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -91,24 +96,16 @@ def write_model(model: onnx.ModelProto, parameters: Arrays, path: Path, outputs:
         if value.name not in outputs:
             result.graph.output.remove(value)
             result.graph.value_info.append(value)
-    external = path.with_suffix(".data")
-    embedded = sum(array.nbytes for array in parameters.values()) <= EMBEDDED_BYTES
-    offset = 0
     for name, array in parameters.items():
         tensor = result.graph.initializer.add(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
-        if embedded:
-            tensor.raw_data = _little_endian(array).tobytes()
-        else:
+        if name in stored:
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in {"location": external.name, "offset": offset, "length": array.nbytes}.items():
+            location, offset = stored[name]
+            for key, value in {"location": location, "offset": offset, "length": array.nbytes}.items():
                 tensor.external_data.add(key=key, value=str(value))
-        offset += array.nbytes
-    if not embedded:
-        with replacing(external) as temporary, temporary.open("wb") as file:
-            for array in parameters.values():
-                _little_endian(array).tofile(file)
+        else:
+            tensor.raw_data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     write_bytes(path, result.SerializeToString(deterministic=True))
-    return [path] if embedded else [external, path]
 
 
 class _Bag(EmbeddingBag):
@@ -153,15 +150,15 @@ class _Traced(DLRM):
         return [seen[name] for name in trace_names(self.spec, gradients=False)]
 
 
-def _assemble(spec: ModelSpec, exported: onnx.ModelProto) -> onnx.ModelProto:
+def _assemble(spec: ModelSpec, exported: onnx.ModelProto, source: str) -> onnx.ModelProto:
     """What was exported, without the stand-ins of the parameters, the functions inlined, and the spec attached."""
-    parameters = parameter_shapes(spec)
+    parameters, texts = parameter_shapes(spec), docs(spec)
     for node in exported.graph.node:
         del node.metadata_props[:]  # where in the source each came from: paths of this machine
     graph = helper.make_graph(
         exported.graph.node, spec.name,
-        [_value(value, _input_doc(spec, value.name)) for value in exported.graph.input],
-        [_value(value) for value in exported.graph.output],
+        [_value(value, texts[value.name]) for value in exported.graph.input],
+        [_value(value, texts.get(value.name, "activation")) for value in exported.graph.output],
         [tensor for tensor in exported.graph.initializer if tensor.name not in parameters])
     model = helper.make_model(graph, ir_version=IR_VERSION, producer_name="dlrm-parity",
                               functions=ragged.functions(OPSET), opset_imports=exported.opset_import)
@@ -169,8 +166,8 @@ def _assemble(spec: ModelSpec, exported: onnx.ModelProto) -> onnx.ModelProto:
     model = inliner.inline_local_functions(model)
     del model.opset_import[:]
     model.opset_import.add(domain="", version=OPSET)
-    model.doc_string = f"DLRM '{spec.name}': {spec.description}" if spec.description else f"DLRM '{spec.name}'"
-    for key, value in {"spec": toml.dumps(spec), "digest": spec.digest}.items():
+    model.doc_string = title(spec)
+    for key, value in metadata(spec, source).items():
         model.metadata_props.add(key=key, value=value)
     return model
 
@@ -196,24 +193,13 @@ def _name_bag_nodes(nodes: Iterable[onnx.NodeProto], function: str) -> None:
             _name_bag_nodes(attribute.g.node, function)
 
 
-def _value(value: onnx.ValueInfoProto, doc: str = "") -> onnx.ValueInfoProto:
+def _value(value: onnx.ValueInfoProto, doc: str) -> onnx.ValueInfoProto:
     """Renames the axes of lookups, whose names had to be Python's."""
     kind = value.type.tensor_type
     shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
     if len(shape) == 1 and str(shape[0]).endswith("_lookups"):
         shape = [shape[0].replace("_", ".")]
     return helper.make_tensor_value_info(value.name, kind.elem_type, shape, doc)
-
-
-def _input_doc(spec: ModelSpec, name: str) -> str:
-    if name == "dense":
-        return "continuous features"
-    _, number, part = name.split(".")
-    table: Table = spec.tables[int(number)]
-    if part == "indices":
-        return f"rows that are looked up, sample by sample, each from 0 to {table.rows - 1}"
-    how_many = "0 is allowed" if table.fixed_lookups is None else f"always {table.fixed_lookups}"
-    return f"how many of the indices belong to each sample; {how_many}"
 
 
 @contextmanager
@@ -228,7 +214,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _little_endian(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))

@@ -13,8 +13,9 @@ from dlrm_torch.export import OPSET, forward_model, write_model
 from spec.backend import PARTS
 from spec.batch import Batch
 from spec.errors import EngineError
+from spec.exported import store
 from spec.model import ModelSpec
-from spec.parameters import Arrays, check_parameters
+from spec.parameters import Arrays, check_parameters, parameter_shapes
 from spec.tensors import trace_names
 
 _PROVIDER = "CPUExecutionProvider"
@@ -33,9 +34,9 @@ class OnnxModel:
         self.threads = torch.get_num_threads()
         self.engine = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, exported by PyTorch "
                        f"{torch.__version__}, {self.threads} threads")
-        self._parameters = {name: array.copy() for name, array in parameters.items()}
         self._model = forward_model(spec)
         self._folder = tempfile.TemporaryDirectory(prefix="dlrm-torch-onnx-")
+        self._source = store(spec, Path(self._folder.name), "a backend's caller", parameters.__getitem__)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
 
     def predict(self, batch: Batch) -> np.ndarray:
@@ -48,7 +49,7 @@ class OnnxModel:
         raise NotImplementedError("torch-onnx only predicts")
 
     def parameters(self) -> Arrays:
-        return {name: array.copy() for name, array in self._parameters.items()}
+        return {name: np.array(self._source.file.arrays[name]) for name in parameter_shapes(self.spec)}
 
     def optimizer_state(self) -> Arrays:
         raise NotImplementedError("torch-onnx only predicts")
@@ -72,7 +73,6 @@ class OnnxModel:
 
     def close(self) -> None:
         self._sessions.clear()
-        self._parameters = {}
         self._folder.cleanup()
 
     def _run(self, outputs: Sequence[str], batch: Batch) -> Arrays:
@@ -90,7 +90,7 @@ class OnnxModel:
 
     def _session(self, outputs: Sequence[str], profiled: bool = False) -> onnxruntime.InferenceSession:
         path = Path(self._folder.name) / "model.onnx"
-        write_model(self._model, self._parameters, path, outputs)
+        write_model(self._model, self._source.file.arrays, path, outputs, self._source.references(path.parent))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_CHUNK = 1 << 22  # words drawn at a time, for the sake of memory; even, so that none is left over
+_CHUNK = 1 << 20  # words drawn at a time, for the sake of memory; even, so that none is left over
 
 
 def words(seed: int, name: str, count: int) -> Iterator[np.ndarray]:

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
 from conformance.case import make_case
-from spec import toml
+from spec import tensor_file, toml
 from tools.cli import main
 
 DLRM = Path(sys.executable).parent / "dlrm"
@@ -217,6 +218,53 @@ def test_a_corrupted_net_file_is_named(tmp_path):
         assert re.match(f"{paths[1]}: expected a .*NetDef.*, found ", refused("engine", "check", paths[1]))
     paths[1].write_bytes(paths[2].read_bytes().replace(b"ReluGradient", b"ReluGredient"))
     assert "ReluGredient" in refused("engine", "check", paths[1])
+
+
+def test_a_file_of_parameters_becomes_the_models_own(tmp_path):
+    """Where it lies in the folder it is referred to as it is; elsewhere its values are part of the models."""
+    result = invoke("export", "tiny", "--out", tmp_path, "--seed", 7, "--external-data", "--format", "onnx")
+    assert result.exit_code == 0, result.output
+    stored = tmp_path / "model.safetensors"
+    own, before = stored.rename(tmp_path / "own.safetensors"), {path.name for path in tmp_path.iterdir()}
+    content = own.read_bytes()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        result = invoke("export", "tiny", "--out", folder, "--parameters", own)
+        assert result.exit_code == 0, result.output
+        initializers = {tensor.name: tensor for tensor in onnx.load(
+            folder / "model.onnx", load_external_data=False).graph.initializer}
+        refers = {entry.key: entry.value for entry in initializers["tables.0.weight"].external_data}
+        assert refers.get("location") == ("own.safetensors" if folder == tmp_path else None)
+        values = onnx.load(folder / "model.onnx").graph.initializer
+        for name, array in tensor_file.read(own).arrays.items():
+            (found,) = [onnx.numpy_helper.to_array(value) for value in values if value.name == name]
+            np.testing.assert_array_equal(found, array)
+    assert own.read_bytes() == content and before <= {path.name for path in tmp_path.iterdir()}
+    assert not stored.exists()
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+    assert invoke("export", "tiny", "--out", tmp_path, "--external-data", "--format", "onnx").exit_code == 0
+    stored = tmp_path / "model.safetensors"
+    arrays = {name: np.array(array) for name, array in tensor_file.read(stored).arrays.items()}
+
+    def refused_with(changed):
+        types = {name: tensor_file.ArrayType(array.dtype, array.shape) for name, array in changed.items()}
+        tensor_file.write(tmp_path / "changed.safetensors", types, changed.__getitem__)
+        line = refused("export", "tiny", "--out", tmp_path / "out", "--parameters", tmp_path / "changed.safetensors")
+        assert not (tmp_path / "out").exists()
+        return line.removeprefix(f"{tmp_path}/changed.safetensors: ")
+
+    assert refused_with({name: array for name, array in arrays.items() if name != "top.0.bias"}).startswith(
+        "top.0.bias: expected a parameter, found none")
+    assert refused_with(arrays | {"tables.9.weight": arrays["tables.0.weight"]}).startswith(
+        "tables.9.weight: expected only parameters of spec 'tiny'")
+    assert refused_with(arrays | {"top.0.bias": arrays["top.0.bias"].astype(np.float16)}).startswith(
+        "top.0.bias: expected float32[16], found float16[16]")
+    assert refused_with(arrays | {"top.0.bias": arrays["top.0.bias"][1:]}).startswith(
+        "top.0.bias: expected float32[16], found float32[15]")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    assert "expected a whole safetensors file" in refused("export", "tiny", "--out", tmp_path, "--parameters", stored)
+    assert "not both" in invoke("export", "tiny", "--out", tmp_path, "--parameters", stored, "--seed", 1).output
 
 
 def test_output_is_plain_where_it_is_no_terminal():

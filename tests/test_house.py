@@ -22,6 +22,8 @@ PUBLIC = {
     "spec.backend": {"Availability", "Model", "Backend", "backend_names", "load_backend"},
     "spec.threads": {"thread_count"},
     "spec.errors": {"InputError", "EngineError"},
+    "spec.exported": {"Source", "store", "stored_if_large", "title", "metadata", "axes", "docs"},
+    "spec.tensor_file": {"ArrayType", "TensorFile", "read", "write"},
     "spec.reference": {"Evaluation", "evaluate"},
     "spec.update": {"Updated", "update"},
     "spec.data": {"open_batches"},

@@ -1,5 +1,6 @@
 """Nets as ONNX models: each operator's lowering, whole models, their files, and the engine that runs them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from onnx.reference import ReferenceEvaluator
 from operator_cases import Case, cases, make_case
 from test_operators import judge, run_aten
 
-from dlrm_caffe2 import export
 from dlrm_caffe2.backend import ONNX
 from dlrm_caffe2.engine.onnxruntime import OnnxEngine
 from dlrm_caffe2.export import export_onnx, train_model
@@ -25,11 +25,12 @@ from dlrm_caffe2.onnx.axes import Axes
 from dlrm_caffe2.onnx.convert import export_net, inline
 from dlrm_caffe2.operators import record, records
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
-from spec import toml
+from spec import exported, toml
 from spec.backend import load_backend
 from spec.batch import Batch
 from spec.data.random import random_batch
 from spec.errors import EngineError, InputError
+from spec.exported import Source
 from spec.parameters import initial_parameters, initial_state, state_shapes, trained_parameters
 from spec.reference import evaluate
 from spec.tensors import batch_names, trace_names
@@ -202,9 +203,6 @@ def test_files_are_valid_and_keep_the_names(tiny):
         assert [value.name for value in model.graph.output] == ["probability"]
         assert {value.name for value in model.graph.input} == batch_feeds(spec, 1).keys()
         assert {value.name for value in model.graph.initializer} == parameters.keys() | {"interaction.pairs"}
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
-        assert toml.loads(metadata["spec"], "metadata") == spec and metadata["digest"] == spec.digest
-        assert all(value.doc_string for value in model.graph.input)
     functions = onnx.load(paths[0])
     assert [list(node.input) for node in functions.graph.node] == [list(operator.input) for operator in net.op]
     assert [list(node.output) for node in functions.graph.node] == [list(operator.output) for operator in net.op]
@@ -217,6 +215,26 @@ def test_files_are_valid_and_keep_the_names(tiny):
     assert shapes["probability"] == ["B", 1]
 
 
+def test_files_explain_themselves(tmp_path: Path):
+    """The spec, where the parameters come from, what each named axis counts, and what each input and output is."""
+    spec = toml.load("tiny").with_optimizer("adagrad", 0.1)
+    paths = export_onnx(spec, initial_parameters(spec), tmp_path, Source("seed 0"))
+    for path, parameters in zip(paths, [*["seed 0"] * 2, *["inputs of the model"] * 2], strict=True):
+        model = onnx.load(path)
+        assert "tiny" in model.doc_string
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        assert toml.loads(found["spec"], "metadata") == spec and found["digest"] == spec.digest
+        assert found["parameters"] == parameters
+        values = (*model.graph.input, *model.graph.output)
+        named = {axis.dim_param for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param}
+        assert named <= json.loads(found["axes"]).keys()
+        assert all(value.doc_string for value in values)
+    texts = {value.name: value.doc_string for value in (*model.graph.input, *model.graph.output)}
+    assert f"0 to {spec.tables[0].rows - 1}" in texts["tables.0.indices"]
+    assert texts["tables.0.weight.moment"].endswith("tables.0.weight") and "state" in texts["tables.0.weight.moment"]
+    assert "tables.0.weight" in texts["tables.0.weight.new"] and "bottom MLP" in texts["bottom.1.bias"]
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_a_step_in_a_file(kind: str):
     """From a batch, parameters and state to the loss and what has become of them: as the engine that keeps them."""
@@ -226,7 +244,6 @@ def test_a_step_in_a_file(kind: str):
     assert [value.name for value in model.graph.output] == ["loss", *(f"{name}.new" for name in trained)]
     assert {value.name for value in model.graph.input} == {
         *batch_names(spec), *parameters, *state_shapes(spec)}
-    assert all(value.doc_string for value in model.graph.input)
     assert {value.name for value in model.graph.initializer} == constants(spec).keys()
     shapes = {value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
               for value in (*model.graph.input, *model.graph.value_info, *model.graph.output)}
@@ -285,9 +302,9 @@ def test_presets_are_valid_models(name: str, tmp_path: Path):
 
 def test_large_initializers_are_written_beside_the_models(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec, parameters, paths = tiny
-    monkeypatch.setattr(export, "EMBEDDED_BYTES", 1000)
+    monkeypatch.setattr(exported, "EMBEDDED_BYTES", 1000)
     written = export_onnx(spec, parameters, tmp_path)
-    assert [path.name for path in written] == ["model.data", "model.onnx", "model.inlined.onnx", "train.onnx",
+    assert [path.name for path in written] == ["model.safetensors", "model.onnx", "model.inlined.onnx", "train.onnx",
                                                 "train.inlined.onnx"]
     feeds = batch_feeds(spec, 20)
     expected = in_onnxruntime(onnx.load(paths[0]), feeds)[0]

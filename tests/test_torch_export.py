@@ -1,5 +1,6 @@
 """The PyTorch modules as an ONNX model: valid, right for any batch, deterministic; and the backend that runs it."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ from conformance.run import run_case
 from dlrm_torch import export
 from dlrm_torch.export import export_onnx, forward_model, write_model
 from dlrm_torch.onnx_backend import BACKEND
+from spec import exported as exported_files
 from spec import pooling, toml
 from spec.batch import Batch
 from spec.data.random import random_batch
@@ -73,8 +75,8 @@ def exported(request, tmp_path_factory: pytest.TempPathFactory):
     parameters = initial_parameters(spec, 3)
     folder = tmp_path_factory.mktemp("exported")
     (path,) = export_onnx(spec, parameters, folder)
-    (traced,) = write_model(forward_model(spec), parameters, folder / "trace.onnx",
-                            trace_names(spec, gradients=False))
+    traced = folder / "trace.onnx"
+    write_model(forward_model(spec), parameters, traced, trace_names(spec, gradients=False), {})
     return spec, parameters, path, traced
 
 
@@ -88,13 +90,14 @@ def test_files_are_valid_and_named_after_the_spec(exported):
         assert [(imported.domain, imported.version) for imported in model.opset_import] == [("", 18)]
         assert tuple(value.name for value in model.graph.output) == outputs
         assert tuple(value.name for value in model.graph.input) == batch_names(spec)[:-1]
-        assert all(value.doc_string for value in model.graph.input)
+        assert all(value.doc_string for value in (*model.graph.input, *model.graph.output))
         found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         assert found.keys() - {"interaction.pairs"} == parameters.keys()
         for name, array in parameters.items():
             np.testing.assert_array_equal(found[name], array)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         assert toml.loads(metadata["spec"], "metadata") == spec and metadata["digest"] == spec.digest
+        assert metadata["parameters"] == "not recorded" and "B" in json.loads(metadata["axes"])
         named = shapes((*model.graph.input, *model.graph.value_info, *model.graph.output))
         assert named["dense"] == ["B", spec.dense_features] and named["probability"] == ["B", 1]
         for number, table in enumerate(spec.tables):
@@ -147,8 +150,8 @@ def ragged(tmp_path_factory: pytest.TempPathFactory):
     spec = variant("ragged")
     pooled = [f"tables.{number}.pooled" for number in range(len(spec.tables))]
     parameters = initial_parameters(spec, 1)
-    (path,) = write_model(forward_model(spec), parameters, tmp_path_factory.mktemp("ragged") / "model.onnx",
-                          pooled)
+    path = tmp_path_factory.mktemp("ragged") / "model.onnx"
+    write_model(forward_model(spec), parameters, path, pooled, {})
     return spec, parameters, path
 
 
@@ -219,10 +222,9 @@ def test_large_parameters_are_written_beside_the_model(tmp_path: Path, monkeypat
     parameters = initial_parameters(spec, 3)
     feeds = feeds_of(random_batch(spec, 20, 0, 0))
     (embedded,) = export_onnx(spec, parameters, tmp_path / "embedded")
-    monkeypatch.setattr(export, "EMBEDDED_BYTES", 1000)
+    monkeypatch.setattr(exported_files, "EMBEDDED_BYTES", 1000)
     data, path = export_onnx(spec, parameters, tmp_path / "external")
-    assert (data.name, path.name) == ("model.torch.data", "model.torch.onnx")
-    assert data.stat().st_size == sum(array.nbytes for array in parameters.values())
+    assert (data.name, path.name) == ("model.safetensors", "model.torch.onnx")
     onnx.checker.check_model(path, full_check=True)
     np.testing.assert_array_equal(session_of(path).run(None, feeds)[0], session_of(embedded).run(None, feeds)[0])
     model = BACKEND.create(spec, parameters)

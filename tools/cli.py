@@ -118,18 +118,29 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
     raise click.exceptions.Exit(0 if ok else 1)
 
 
-@main.command(epilog=_example("dlrm export criteo-kaggle --max-rows 1000 --out exported"))
+@main.command(epilog=_example(
+    "dlrm export criteo-kaggle --max-rows 1000 --out exported",
+    "dlrm export paper-benchmark --format onnx --parameters exported/trained.safetensors --out exported"))
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parameters.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the parameters.  [default: 0]")
+@click.option("--parameters", "file", type=click.Path(path_type=Path), metavar="FILE",
+              help="A .safetensors of the parameters, under the spec's names, instead of a seed. Where it lies in the "
+                   "folder to write to, the ONNX files refer to it.")
+@click.option("--external-data", is_flag=True,
+              help="Write the parameters to model.safetensors, to which the ONNX files refer. They always do above 1 "
+                   "GiB.")
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
               help="What to write; repeat for several.  [default: netdef, onnx]")
-def export(name: str, out: Path, max_rows: int | None, seed: int, formats: tuple[str, ...]) -> None:
+def export(name: str, out: Path, max_rows: int | None, seed: int | None, file: Path | None, external_data: bool,
+           formats: tuple[str, ...]) -> None:
     """Write a model as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict and train, with
     functions and inlined), and as ONNX of the PyTorch modules (torch-onnx)."""
     from tools.export import run
-    for path in run(_load(name, max_rows), out, seed, formats or ("netdef", "onnx")):
+    if seed is not None and file:
+        raise click.UsageError("give --seed or --parameters, not both")
+    for path in run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data):
         click.echo(path)
 
 

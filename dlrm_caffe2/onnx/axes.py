@@ -19,7 +19,6 @@ class Axes(NamedTuple):
 
     dtype: np.dtype
     shape: tuple[int | str, ...]
-    doc: str = ""
 
 
 def value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],

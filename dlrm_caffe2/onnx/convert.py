@@ -31,7 +31,7 @@ NODE_NAME = r"([A-Za-z0-9]+)#\d+"
 
 def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
                outputs: Sequence[str] | None = None, sizes: Mapping[str, int] | None = None,
-               external: str | None = None) -> "onnx.ModelProto":
+               stored: Mapping[str, tuple[str, int]] | None = None) -> "onnx.ModelProto":
     """A net as an ONNX model.
 
     Args:
@@ -40,36 +40,26 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
         outputs: blobs to return, as they are in the end; by default the net's external outputs.
         sizes: an example of the named sizes, where not all that have different names may differ from each other.
             The sizes of intermediate values are then left open.
-        external: the name of a file that will hold the initializers, one after the other as in `blobs`.
+        stored: of the initializers that a file holds, for the model to refer to: its path, and where in it each begins.
 
     Raises EngineError for a net that cannot run (see check.check_net) or whose types do not fit together, and
     InputError for one that ONNX cannot express, since an operator has no lowering.
     """
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     used = outside_blobs(net.op)
     nodes, last = single_assignment(check_exportable(net, inputs.keys() | blobs.keys()), used)
     types = value_types(net, nodes, blobs, inputs, sizes)
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
-    initializers, offset = [], 0
-    for name, array in blobs.items():
-        if name in used:
-            tensor = TensorProto(name=name, dims=array.shape, data_type=onnx_type(array.dtype))
-            if external is None:
-                tensor.raw_data = little_endian(array).tobytes()
-            else:
-                tensor.data_location = TensorProto.EXTERNAL
-                for key, value in {"location": external, "offset": offset, "length": array.nbytes}.items():
-                    tensor.external_data.add(key=key, value=str(value))
-            initializers.append(tensor)
-        offset += array.nbytes
+    initializers = [_initializer(name, array, (stored or {}).get(name))
+                    for name, array in blobs.items() if name in used]
     outputs = [last.get(name, name) for name in (net.external_output if outputs is None else outputs)]
     produced = [name for node in nodes for name in node.outputs]
     graph = helper.make_graph(
         calls, net.name,
-        [_value(name, axes, axes.doc) for name, axes in inputs.items() if name in used],
+        [_value(name, axes) for name, axes in inputs.items() if name in used],
         [_value(name, types[name]) for name in outputs],
         initializers,
         value_info=[_value(name, types[name]) for name in produced if name not in outputs])
@@ -121,12 +111,21 @@ def _name_nodes(nodes: Iterable["onnx.NodeProto"], type: str) -> None:
             _name_nodes(attribute.g.node, type)
 
 
-def _value(name: str, axes: Axes, doc: str = "") -> "onnx.ValueInfoProto":
+def _initializer(name: str, array: np.ndarray, stored: tuple[str, int] | None) -> "onnx.TensorProto":
+    from onnx import TensorProto
+
+    tensor = TensorProto(name=name, dims=array.shape, data_type=onnx_type(array.dtype))
+    if stored is None:
+        tensor.raw_data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    else:
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": stored[0], "offset": stored[1], "length": array.nbytes}.items():
+            tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _value(name: str, axes: Axes) -> "onnx.ValueInfoProto":
     from onnx import helper
 
     shape = [None if size == "" else size for size in axes.shape]
-    return helper.make_tensor_value_info(name, onnx_type(axes.dtype), shape, doc)
-
-
-def little_endian(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return helper.make_tensor_value_info(name, onnx_type(axes.dtype), shape)
