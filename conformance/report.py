@@ -1,13 +1,13 @@
 """What a conformance run found, as plain data: report.json, from which every other report is made."""
 
 import json
-import math
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from conformance.plain import plain
 from conformance.run import BackendResult, CaseResult
 from conformance.verdict import RATIO_EDGES, TensorVerdict
 from spec.files import write_text
@@ -19,7 +19,7 @@ FORMAT = 1
 
 def as_dict(results: list[CaseResult]) -> dict[str, Any]:
     """The whole run; numbers that JSON lacks (inf, nan) become strings."""
-    return _plain({
+    return plain({
         "format": FORMAT,
         "product": f"dlrm-parity {version('dlrm-parity')}",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
@@ -72,13 +72,3 @@ def _backend(result: BackendResult) -> dict[str, Any]:
 
 def _verdict(verdict: TensorVerdict) -> dict[str, Any]:
     return asdict(verdict) | {"conforms": verdict.conforms}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -1,12 +1,18 @@
-"""Judging one tensor of a backend against the float64 reference (SPEC.md, 10)."""
+"""Judging one tensor of a backend against the float64 reference (SPEC.md, 10).
+
+Every bundle holds a copy of this file, which must run where there is NumPy and nothing else.
+"""
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spec.pooling import RowGradient, coalesce
 from spec.rounding import Tracked
-from spec.update import Updated
+
+if TYPE_CHECKING:
+    from spec.update import Updated
 
 RATIO_EDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 """Edges of the histogram of error / bound: elements below the first, between two, above the last."""
@@ -98,7 +104,7 @@ def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: R
     return _compare(tensor, "backward", complete, expected.gradient, rows=expected.rows)
 
 
-def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: Updated, step: int) -> TensorVerdict:
+def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: "Updated", step: int) -> TensorVerdict:
     """Compare a parameter or a moment after a step; rows that the step does not concern must keep their bits."""
     problem = unfit(after, before.shape)
     if problem:

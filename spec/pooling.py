@@ -1,12 +1,14 @@
 """Reference forward and backward of the embedding bags (SPEC.md, 5)."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from spec import rounding
-from spec.model import Table
 from spec.rounding import ROUND, Tracked
+
+if TYPE_CHECKING:
+    from spec.model import Table
 
 
 class RowGradient(NamedTuple):
@@ -31,7 +33,7 @@ def segment_sum(terms: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-def forward(table: Table, weight: np.ndarray, pooling: np.ndarray | None,
+def forward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None,
             indices: np.ndarray, lengths: np.ndarray) -> Tracked:
     """Pooled rows [B, E] of weight [N, E]; `pooling` [N] holds the row weights where they are used."""
     terms = weight[indices].astype(np.float64)
@@ -48,7 +50,7 @@ def forward(table: Table, weight: np.ndarray, pooling: np.ndarray | None,
     return Tracked(y, variance)
 
 
-def backward(table: Table, weight: np.ndarray, pooling: np.ndarray | None, indices: np.ndarray,
+def backward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None, indices: np.ndarray,
              lengths: np.ndarray, dy: Tracked) -> tuple[RowGradient, RowGradient | None]:
     """(gradient of weight, gradient of the row weights where they are learned) for dy [B, E].
 

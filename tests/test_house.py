@@ -31,6 +31,10 @@ PUBLIC = {
     "conformance.run": {"BackendResult", "CaseResult", "PairResult", "Section", "run_case", "steps_to_run"},
     "conformance.report": {"as_dict", "write_json"},
     "conformance.html": {"write_html"},
+    "conformance.bundle": {"Bundle", "open_bundle", "sha256"},
+    "conformance.bundle_writer": {"make_bundle_case", "bundle_bytes", "write_bundle"},
+    "conformance.judge": {"Judgement", "judge_results", "as_dict", "main"},
+    "conformance.foreign": {"run_bundle"},
 }
 """What users may rely on. A name that goes, or comes, is a change of the product: say so in the CHANGELOG."""
 

@@ -86,16 +86,20 @@ def spec_schema() -> None:
 
 @main.command(epilog=_example(
     "dlrm conform tiny",
-    "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report"))
-@click.argument("specs", nargs=-1, required=True)
+    "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report",
+    "dlrm conform tiny --write-bundle bundle",
+    "dlrm conform --bundle bundle"))
+@click.argument("specs", nargs=-1)
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
-              help="A backend to run; repeat for several.  [default: every registered one]")
+              help="A backend to run, by name or as module:attribute; repeat for several.  [default: every registered "
+                   "one]")
 @click.option("--optimizer", "optimizers", multiple=True, type=click.Choice(OPTIMIZERS),
               help="Train with it; repeat for several.  [default: all three]")
-@click.option("--steps", type=click.IntRange(min=0), default=10, show_default=True,
-              help="Training steps under each optimizer; 0 compares forward and backward alone.")
+@click.option("--steps", type=click.IntRange(min=0),
+              help="Training steps under each optimizer; 0 compares forward and backward alone.  [default: 10; 2 in a "
+                   "bundle]")
 @click.option("--batch-size", type=click.IntRange(min=1),
-              help="Samples a batch.  [default: the spec's own, at most 256]")
+              help="Samples a batch.  [default: the spec's own, at most 256; 64 in a bundle]")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--data", default="random", show_default=True, metavar="SOURCE",
               help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")
@@ -104,18 +108,43 @@ def spec_schema() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where backends run; never tried on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report as JSON to this file.")
-def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int,
+@click.option("--write-bundle", type=click.Path(path_type=Path), metavar="DIR",
+              help="Run nothing: write the case of one spec as files, for programs that no Python reaches.")
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR",
+              help="Run nothing: judge the results in DIR/results; --backend names those to judge.")
+def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
-            json_path: Path | None) -> None:
+            json_path: Path | None, write_bundle: Path | None, bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
     SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
     within a bound derived from the arithmetic, and against the other backends.
+
+    A port that Python cannot call is judged by files: --write-bundle, then --bundle.
     """
-    from tools.conform import run
+    if bool(specs) == bool(bundle):
+        raise click.UsageError("name SPECS, or --bundle DIR" if not specs else "--bundle DIR has a spec of its own")
+    if bundle:
+        _reject("--bundle", optimizers, steps, batch_size, max_rows, write_bundle)
+        from tools.bundle import judge
+        raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path) else 1)
     loaded = [_load(name, max_rows) for name in specs]
-    ok = run(loaded, backends, optimizers or OPTIMIZERS, steps, batch_size, data, seed, device, out, json_path)
+    optimizers = optimizers or OPTIMIZERS
+    if write_bundle:
+        _reject("--write-bundle", backends, out, json_path, specs[1:])
+        from tools.bundle import write
+        write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
+        return
+    from tools.conform import run
+    ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
+             json_path)
     raise click.exceptions.Exit(0 if ok else 1)
+
+
+def _reject(option: str, *others: object) -> None:
+    takes = {"--bundle": "--backend, --out and --json alone", "--write-bundle": "one spec, no backend and no report"}
+    if any(other not in (None, ()) for other in others):
+        raise click.UsageError(f"{option} takes {takes[option]}")
 
 
 @main.command(epilog=_example(

@@ -11,7 +11,7 @@ from conformance import report as reports
 from conformance.case import make_case
 from conformance.console import print_report
 from conformance.html import write_html
-from conformance.run import run_case, steps_to_run
+from conformance.run import CaseResult, run_case, steps_to_run
 from spec.backend import backend_names, load_backend
 from spec.errors import InputError
 from spec.files import replacing
@@ -31,12 +31,8 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
         if not availability.ok:
             raise InputError(f"backend '{backend.name}'", "an installed engine", availability.reason,
                              availability.remedy)
-    html_path = out / "report.html" if out else None
-    json_paths = [path for path in (json_path, out / "report.json" if out else None) if path]
     cases = [make_case(spec, source, seed, batch_size, steps, optimizers) for spec in specs]
-    for path in [*json_paths, html_path]:
-        if path:
-            _check_writable(path)
+    check_outputs(out, json_path)
     with _progress() as progress:
         task = progress.add_task("", total=sum(steps_to_run(case, backends) for case in cases))
         results = []
@@ -44,11 +40,24 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
             def advance(message: str, name: str = case.spec.name) -> None:
                 progress.update(task, advance=1, description=f"{name}: {message}")
             results.append(run_case(case, backends, device, advance))
-    report = reports.as_dict(results)
-    for path in json_paths:
-        reports.write_json(report, path)
-    if html_path:
-        write_html(report, html_path)
+    return write_reports(results, out, json_path)
+
+
+def check_outputs(out: Path | None, json_path: Path | None) -> None:
+    """Raise InputError, before anything runs, for a report that could not be written."""
+    for path in (json_path, out and out / "report.json", out and out / "report.html"):
+        if path:
+            _check_writable(path)
+
+
+def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Path | None) -> bool:
+    """Print the report, write it where asked for; whether it conforms."""
+    report = reports.as_dict(list(results))
+    if json_path:
+        reports.write_json(report, json_path)
+    if out:
+        reports.write_json(report, out / "report.json")
+        write_html(report, out / "report.html")
     print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
     return report["conforms"]
 
