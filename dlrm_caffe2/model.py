@@ -11,7 +11,8 @@ import numpy as np
 from dlrm_caffe2.gradient import add_gradients
 from dlrm_caffe2.net import DATA_TYPES, make_operator, outside_blobs
 from dlrm_caffe2.operators.record import INT32, Slice
-from dlrm_caffe2.optimizer import optimizer_constants, update_operators
+from dlrm_caffe2.optimizer import needs_distinct_rows, optimizer_constants, update_operators
+from dlrm_caffe2.presorted import sum_by_row
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 from spec.errors import InputError
 from spec.model import ModelSpec
@@ -65,6 +66,16 @@ def train_net(spec: ModelSpec) -> NetDef:
     """One step: forward, loss, gradients and update."""
     net, gradients = _differentiated(spec)
     operators = [*net.op, *update_operators(spec, gradients)]
+    return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
+
+
+def presorted_train_net(spec: ModelSpec) -> NetDef:
+    """The same step. Where it needs distinct rows it reads `presorted.sorted_lookups` instead of finding them."""
+    if not needs_distinct_rows(spec):
+        return train_net(spec)
+    net, gradients = _differentiated(spec)
+    operators, gradients = sum_by_row(spec, net.op, gradients)
+    operators += update_operators(spec, gradients, distinct=True)
     return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
 
 

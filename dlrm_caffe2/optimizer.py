@@ -20,12 +20,18 @@ def optimizer_constants(spec: ModelSpec) -> Arrays:
     return blobs | {ONE: np.ones(1, np.float32)} if spec.optimizer.kind == "sgd" else blobs
 
 
-def update_operators(spec: ModelSpec, gradients: Mapping[str, str | Slice]) -> Iterator[OperatorDef]:
-    """The update of every parameter in `gradients`, in place."""
+def needs_distinct_rows(spec: ModelSpec) -> bool:
+    """The sparse Adagrads apply a repeated row's gradients one after the other, which is another result."""
+    return spec.optimizer.kind != "sgd"
+
+
+def update_operators(spec: ModelSpec, gradients: Mapping[str, str | Slice],
+                     distinct: bool = False) -> Iterator[OperatorDef]:
+    """The update of every parameter in `gradients`, in place. `distinct`: no Slice lists a row twice."""
     rule = _sgd if spec.optimizer.kind == "sgd" else _adagrad
     coalesced: set[str] = set()
     for parameter, gradient in gradients.items():
-        if isinstance(gradient, Slice) and spec.optimizer.kind != "sgd":
+        if isinstance(gradient, Slice) and needs_distinct_rows(spec) and not distinct:
             yield from _coalesce(gradient, coalesced)
             gradient = _unique(gradient)
         yield rule(spec, parameter, gradient)
@@ -55,7 +61,7 @@ def _unique(gradient: Slice) -> Slice:
 
 
 def _coalesce(gradient: Slice, done: set[str]) -> Iterator[OperatorDef]:
-    """Sum the values of a repeated row: the sparse Adagrads apply one after the other, which is another result.
+    """Sum the values of a repeated row.
 
     `done` lists the index blobs that have been made unique: a table's two parameters share theirs.
     """

@@ -22,6 +22,8 @@ A request that failed is answered {"error": text}, and the worker goes on. Eithe
 
 import json
 import struct
+from functools import reduce
+from operator import mul
 
 import numpy as np
 
@@ -32,15 +34,18 @@ DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "u
 
 _LENGTH = struct.Struct(">I")
 
+_CALL = 1 << 16
+"""Small arrays are sent and received several at a time, up to this many bytes: system calls cost more than they do."""
+
 
 def send(sock, header, arrays):
     """Send a dict and a dict of arrays. Raises OSError where the other side is gone."""
     arrays = {name: _portable(array) for name, array in arrays.items()}
-    listed = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
+    listed = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
     content = json.dumps(dict(header, arrays=listed)).encode()
-    sock.sendall(_LENGTH.pack(len(content)) + content)
-    for array in arrays.values():
-        sock.sendall(_bytes(array))
+    parts = [_LENGTH.pack(len(content)) + content, *(_bytes(array) for array in arrays.values())]
+    for group in _groups([len(part) for part in parts]):
+        sock.sendall(parts[group.start] if len(group) == 1 else b"".join(parts[group.start:group.stop]))
 
 
 def receive(sock):
@@ -50,15 +55,38 @@ def receive(sock):
     content = np.empty(_LENGTH.unpack(prefix.tobytes())[0], np.uint8)
     _fill(sock, content)
     header = json.loads(content.tobytes().decode())
+    listed = [(name, np.dtype(dtype), shape) for name, dtype, shape in header["arrays"]]
+    sizes = [reduce(mul, shape, dtype.itemsize) for _, dtype, shape in listed]
     arrays = {}
-    for name, dtype, shape in header["arrays"]:
-        arrays[name] = np.empty(shape, dtype)
-        _fill(sock, arrays[name])
+    for group in _groups(sizes):
+        together = np.empty(sum(sizes[group.start:group.stop]), np.uint8)
+        _fill(sock, together)
+        start = 0
+        for number in group:
+            name, dtype, shape = listed[number]
+            array = together[start:start + sizes[number]].view(dtype).reshape(shape)
+            arrays[name] = array if len(group) == 1 else array.copy()
+            start += sizes[number]
     return header, arrays
+
+
+def _groups(sizes):
+    """Ranges of consecutive parts that travel together: as many as fit into one call, a larger part alone."""
+    start = total = 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > _CALL:
+            yield range(start, number)
+            start = number
+            total = 0
+        total += size
+    if start < len(sizes):
+        yield range(start, len(sizes))
 
 
 def _portable(array):
     """Little-endian and C-contiguous; copied only where it is not. (ascontiguousarray would lose a shape of ().)"""
+    if array.flags.c_contiguous and array.dtype.str[0] != ">":
+        return array
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 

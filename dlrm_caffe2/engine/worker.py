@@ -66,6 +66,7 @@ class _Worker:
         workspace.GlobalInit(["caffe2", "--caffe2_log_level=3", "--caffe2_omp_num_threads=" + threads,
                               "--caffe2_mkl_num_threads=" + threads])
         self._workspace, self._proto = workspace, caffe2_pb2
+        self._device = caffe2_pb2.DeviceOption().SerializeToString()  # the CPU
         self._definitions = {}  # of kept nets, serialized
         self._parts = {}  # of a net that was profiled: (operator type, name of a net of this operator alone)
 
@@ -82,7 +83,7 @@ class _Worker:
 
     def feed(self, request, arrays):
         for name, array in arrays.items():
-            self._workspace.FeedBlob(name, array)
+            self._workspace.C.feed_blob(name, array, self._device)
         return {}, {}
 
     def fetch(self, request, arrays):

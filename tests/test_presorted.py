@@ -1,0 +1,66 @@
+"""Lookups sorted while a batch is loaded, and the train net that is fed with them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conformance.case import make_case
+from conformance.run import run_case
+from dlrm_caffe2 import backend as backends
+from dlrm_caffe2.check import check_net
+from dlrm_caffe2.model import presorted_train_net, train_net
+from dlrm_caffe2.presorted import sorted_lookups
+from spec.batch import Batch
+from spec.data.random import random_batch
+from spec.model import Table
+from spec.toml import load
+
+ADAGRADS = ["adagrad", "rowwise_adagrad"]
+
+
+def spec_of(*tables):
+    return load("tiny").model_copy(update={"tables": tables})
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), min_size=1, max_size=8))
+def test_every_row_gets_its_own_lookups(bags):
+    spec = spec_of(Table(rows=2**31, lookups=(0, 5)), Table(rows=2**31, lookups=(0, 5), pooling="mean"))
+    indices = np.array([index for bag in bags for index in bag], np.int64)
+    lengths = np.array([len(bag) for bag in bags], np.int32)
+    samples = np.repeat(np.arange(len(bags)), lengths)
+    batch = Batch(np.zeros((len(bags), spec.dense_features), np.float32), (indices,) * 2, (lengths,) * 2,
+                  np.zeros((len(bags), 1), np.float32))
+    blobs = sorted_lookups(spec, batch)
+    ends = np.cumsum(blobs["tables.1.indices.counts"])
+    np.testing.assert_array_equal(blobs["tables.1.indices.unique"], np.unique(indices))
+    assert len(blobs["tables.1.indices.order"]) == len(indices) == (ends[-1] if len(ends) else 0)
+    for row, places in zip(np.unique(indices), np.split(blobs["tables.1.indices.order"], ends[:-1]), strict=False):
+        np.testing.assert_array_equal(places, np.flatnonzero(indices == row))
+    np.testing.assert_array_equal(blobs["tables.0.indices.samples"], samples[blobs["tables.1.indices.order"]])
+
+
+@pytest.mark.parametrize("kind", ADAGRADS)
+def test_the_net_reads_the_sorted_lookups_and_sorts_nothing(kind):
+    spec = load("tiny").with_optimizer(kind, 0.1)
+    net = presorted_train_net(spec)
+    check_net(net, net.external_input)
+    assert set(sorted_lookups(spec, random_batch(spec, 4, seed=0, number=0))) == {
+        blob for blob in net.external_input if ".indices." in blob}
+    types = {operator.type for operator in net.op}
+    assert not types & {"Unique", "UnsortedSegmentSum", "SparseLengthsIndicesInGradientSumGradient"}
+    assert net.external_output == train_net(spec).external_output
+
+
+def test_sgd_needs_no_sorting():
+    assert presorted_train_net(load("tiny")) == train_net(load("tiny"))
+
+
+@pytest.mark.parametrize("backend", [pytest.param("CAFFE2", marks=pytest.mark.engine), "ATEN", "ONNX"])
+def test_the_net_that_sorts_by_itself_conforms_too(backend, monkeypatch):
+    """The backends train with the presorted net; train_net.pb and train.onnx hold this one."""
+    monkeypatch.setattr(backends, "presorted_train_net", train_net)
+    spec = spec_of(*(Table(rows=3, pooling=pooling, lookups=(0, 9)) for pooling in (
+        "sum", "mean", "weighted_fixed", "weighted_learned")))
+    (result,) = run_case(make_case(spec, steps=3, optimizers=ADAGRADS), [getattr(backends, backend)]).backends
+    assert result.status == "conforms", (result.reason, result.worst)
