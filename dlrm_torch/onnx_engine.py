@@ -55,7 +55,8 @@ class OnnxModel:
         raise NotImplementedError("torch-onnx only predicts")
 
     def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
-        """By "part/ONNX operator", after ONNX Runtime's fusions; of the second prediction."""
+        """By "part/ONNX operator", after ONNX Runtime's fusions, or "onnxruntime/..." for what it has added; of the
+        second prediction."""
         session = self._session(("probability",), profiled=True)
         for _ in range(2):
             self._feed(session, ("probability",), batch)
@@ -66,8 +67,8 @@ class OnnxModel:
             if event["name"].endswith("_kernel_time") and event["ts"] >= start:
                 type = event["args"]["op_name"]
                 if type not in _CONTAINERS:  # their time is that of the nodes within
-                    part = next((part for part in PARTS if f"{part}/" in event["name"]), "")
-                    key = f"{part}/{type}" if part else type
+                    part = next((part for part in PARTS if f"{part}/" in event["name"]), "onnxruntime")
+                    key = f"{part}/{type}"
                     seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
 

@@ -33,6 +33,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError for a path that `replacing` could not write: before long work, not after it."""
+    if path.is_dir():
+        raise InputError(str(path), "a file name", "a folder", "name a file in it")
+    with replacing(path.with_name(path.name + ".check")) as temporary:
+        temporary.touch()
+    path.with_name(path.name + ".check").unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -165,8 +165,8 @@ def test_specs_can_be_listed_shown_and_capped(tmp_path):
 
 
 @pytest.mark.parametrize("command", [[], ["spec"], ["spec", "list"], ["spec", "show"], ["spec", "validate"],
-                                     ["spec", "schema"], ["conform"], ["export"], ["engine"], ["engine", "install"],
-                                     ["engine", "status"], ["engine", "check"]])
+                                     ["spec", "schema"], ["conform"], ["bench"], ["export"], ["engine"],
+                                     ["engine", "install"], ["engine", "status"], ["engine", "check"]])
 def test_every_help_shows_an_example(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+from tools.bench.command import bench
+from tools.common import OPTIMIZERS
+from tools.common import example as _example
+from tools.common import load as _load
 
 
 class _Group(click.Group):
@@ -29,10 +32,6 @@ class _Group(click.Group):
 def _fail(message: str) -> int:
     click.echo("dlrm: " + " ".join(message.split()), err=True)
     return 2
-
-
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]},
@@ -173,6 +172,9 @@ def export(name: str, out: Path, max_rows: int | None, seed: int | None, file: P
         click.echo(path)
 
 
+main.add_command(bench)
+
+
 @main.group()
 def engine() -> None:
     """Install and inspect genuine Caffe2, the engine that runs in a worker of its own."""
@@ -203,9 +205,3 @@ def engine_check(paths: tuple[Path, ...]) -> None:
     from tools.engine import check_file
     for path in paths:
         click.echo(f"{path}: {check_file(path)}")
-
-
-def _load(name: str, max_rows: int | None = None):
-    from spec import toml
-    loaded = toml.load(name)
-    return loaded.capped(max_rows) if max_rows else loaded

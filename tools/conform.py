@@ -14,7 +14,7 @@ from conformance.html import write_html
 from conformance.run import CaseResult, run_case, steps_to_run
 from spec.backend import backend_names, load_backend
 from spec.errors import InputError
-from spec.files import replacing
+from spec.files import check_writable
 from spec.model import ModelSpec
 
 
@@ -47,7 +47,7 @@ def check_outputs(out: Path | None, json_path: Path | None) -> None:
     """Raise InputError, before anything runs, for a report that could not be written."""
     for path in (json_path, out and out / "report.json", out and out / "report.html"):
         if path:
-            _check_writable(path)
+            check_writable(path)
 
 
 def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Path | None) -> bool:
@@ -60,14 +60,6 @@ def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Pa
         write_html(report, out / "report.html")
     print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
     return report["conforms"]
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(str(path), "a file name", "a folder", "name a file in it")
-    with replacing(path.with_name(path.name + ".check")) as temporary:
-        temporary.touch()
-    path.with_name(path.name + ".check").unlink()
 
 
 def _progress() -> Progress:

@@ -114,8 +114,8 @@ class OnnxEngine:
         return {blob: computed[blob].numpy().copy() if blob in computed else self.fetch([blob])[blob] for blob in fetch}
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """By "net's operator/ONNX operator", the latter after ONNX Runtime's fusions; of the second run. Changes no
-        blob."""
+        """By "net's operator/ONNX operator", the latter after ONNX Runtime's fusions, or "onnxruntime/..." for what
+        it has added; of the second run. Changes no blob."""
         kept = self._kept(name)
         self.feed(feeds)
         key = _Key(name, tuple(feeds), tuple(kept.net.external_output))
@@ -131,7 +131,7 @@ class OnnxEngine:
                 type = event["args"]["op_name"]
                 if type not in _CONTAINERS:  # their time is that of the nodes within
                     origin = re.search(NODE_NAME, event["name"])
-                    key = f"{origin[1]}/{type}" if origin else type
+                    key = f"{origin[1] if origin else 'onnxruntime'}/{type}"
                     seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
 

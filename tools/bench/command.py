@@ -1,0 +1,66 @@
+"""The command `dlrm bench`. Imports what it needs when it runs, so that --help stays instant."""
+
+from pathlib import Path
+
+import click
+
+from tools.common import OPTIMIZERS, example, load
+
+
+@click.command(epilog=example(
+    "dlrm bench paper-benchmark criteo-kaggle --json bench.json",
+    "dlrm bench rmc1 --max-rows 100000 --mode training --batch-size 128 --batch-size 512 --threads 1 --threads 2",
+    "dlrm bench paper-benchmark --max-rows 100000 --sweep batch"))
+@click.argument("specs", nargs=-1)
+@click.option("--backend", "backends", multiple=True, metavar="NAME",
+              help="A backend to time; repeat for several.  [default: every registered one]")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(["inference", "training"]),
+              help="Repeat for both.  [default: both]")
+@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(min=1),
+              help="Samples a batch; repeat for several.  [default: the spec's own]")
+@click.option("--threads", "threads", multiple=True, type=click.IntRange(min=1),
+              help="Of each engine; repeat for several.  [default: OMP_NUM_THREADS, or every core]")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Train with it.  [default: the spec's own]")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
+@click.option("--sweep", type=click.Choice(["batch", "tables", "rows", "lookups", "width"]),
+              help="Time a quarter, half, once, twice and four times of it, and fit the growth.")
+@click.option("--baseline", metavar="NAME", help="The backend that ratios are to.  [default: torch]")
+@click.option("--rounds", type=click.IntRange(min=2), default=15, show_default=True,
+              help="In each, every backend has a turn.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=0.5, show_default=True,
+              help="That a turn is meant to take.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Of a turn.  [default: as many as fit its seconds]")
+@click.option("--data", default="random", show_default=True, metavar="SOURCE",
+              help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of parameters, random data, and the order of turns.")
+@click.option("--judge-rows", type=click.IntRange(min=1), default=10_000, show_default=True,
+              help="Rows a table, at the most, on which a backend is judged before it is timed.")
+@click.option("--judge-samples", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Samples a batch, at the most, on which it is judged.")
+@click.option("--profile/--no-profile", default=True, show_default=True, help="Break the time down by operator.")
+@click.option("--ceilings/--no-ceilings", default=True, show_default=True,
+              help="Measure what the machine can do, and the distance from it.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file.")
+def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, ...], batch_sizes: tuple[int, ...],
+          threads: tuple[int, ...], optimizer: str | None, max_rows: int | None, sweep: str | None,
+          baseline: str | None, rounds: int, seconds: float, iterations: int | None, data: str, seed: int,
+          judge_rows: int, judge_samples: int, profile: bool, ceilings: bool, json_path: Path | None) -> None:
+    """Time backends against each other, one process each, turn by turn.
+
+    SPECS are presets or .toml files. A backend that does not conform with the float64 reference, on this spec and
+    with these threads, gets no time. Exit status: 0 all were timed, 1 some do not conform or fail.
+    """
+    from spec.errors import InputError
+    from spec.threads import thread_count
+    from tools.bench.plan import MODES, Effort, Judged, make_groups
+    from tools.bench.run import run
+    if not specs:
+        raise InputError("dlrm bench", "a preset or a .toml file", "none", "for example: dlrm bench tiny")
+    loaded = [load(name, max_rows) for name in specs]
+    if optimizer:
+        loaded = [spec.with_optimizer(optimizer, spec.optimizer.learning_rate) for spec in loaded]
+    groups = make_groups(loaded, modes or MODES, batch_sizes, threads or (thread_count(),), sweep)
+    ok = run(groups, backends, Effort(rounds, seconds, iterations), Judged(judge_rows, judge_samples), baseline, data,
+             seed, profile, ceilings, json_path)
+    raise click.exceptions.Exit(0 if ok else 1)

@@ -1,0 +1,87 @@
+"""`dlrm bench`: groups, ceilings, a progress bar, and reports."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from spec.backend import Backend, backend_names, load_backend
+from spec.errors import EngineError, InputError
+from spec.files import check_writable
+from tools.bench import report as reports
+from tools.bench.ceilings import ceiling_names, table_rows
+from tools.bench.console import print_report
+from tools.bench.group import run_group
+from tools.bench.machine import describe_machine, load_average, now
+from tools.bench.plan import Effort, Group, Judged
+from tools.bench.process import WorkerProcess
+
+
+def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: Judged, baseline: str | None,
+        source: str, seed: int, profile: bool, ceilings: bool, json_path: Path | None) -> bool:
+    """Measure, print and write. True where every backend that was asked for by name, or is here, was timed.
+
+    Raises InputError for bad data, an unknown backend or baseline, no room, and an output that can't be written.
+    """
+    backends = {name: load_backend(name) for name in names or backend_names()}
+    baseline = _baseline(baseline, backends)
+    if json_path:
+        check_writable(json_path)
+    machine = describe_machine() | {"load_before": load_average(), "date": now()}
+    results, limits = [], []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for group in groups:
+            def tell(what: str) -> None:
+                progress.update(task, description=what)
+            if ceilings:
+                limits.append(_ceiling(group, limits, tell))
+            results += run_group(group, backends, effort, judged, source, seed, profile, tell)
+    machine["load_after"] = load_average()
+    options = asdict(effort) | {"judged": asdict(judged), "data": source, "seed": seed}
+    report = reports.as_dict(results, baseline, machine, options, limits)
+    if json_path:
+        reports.write_json(report, json_path)
+    print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
+    return not any(timing.status in ("does not conform", "fails") for result in results for timing in result.timings)
+
+
+def _baseline(name: str | None, backends: dict[str, Backend]) -> str:
+    """By name; else torch, or the first."""
+    names = [backend.name for backend in backends.values()]
+    if name is None:
+        return "torch" if "torch" in names else names[0]
+    if name not in names:
+        raise InputError(f"baseline '{name}'", f"one of {', '.join(names)}", "a backend that is not timed",
+                         "name it with --backend too")
+    return name
+
+
+def _ceiling(group: Group, known: Sequence[dict[str, Any]], tell: Any) -> dict[str, Any]:
+    """The best of all libraries at the group's threads, for its widths; measured once for each."""
+    rows = table_rows(max(table.rows for table in group.spec.tables), group.spec.embedding_dim)
+    place = {"threads": group.threads, "rows": rows, "width": group.spec.embedding_dim}
+    for ceiling in known:
+        if place.items() <= ceiling.items():
+            return ceiling | {"spec": group.spec.digest}
+    libraries = []
+    for name in ceiling_names():
+        tell(f"ceiling: {name}")
+        with WorkerProcess(name, group.threads) as process:
+            try:
+                libraries.append(process.ask("ceiling", name=name, rows=rows, width=group.spec.embedding_dim))
+            except EngineError as error:
+                libraries.append({"library": name, "reason": str(error)})
+    return place | {"spec": group.spec.digest, "libraries": libraries} | {
+        what: max(library.get(what, 0.0) for library in libraries) for what in ("gemm", "gather")}
+
+
+def _progress() -> Progress:
+    """Drawn on stderr, and only where that is a terminal."""
+    console = Console(stderr=True)
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
+                    transient=True, disable=not console.is_terminal)
