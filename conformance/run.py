@@ -126,25 +126,37 @@ def steps_to_run(case: Case, backends: Iterable[Backend]) -> int:
 
 
 def _run_backend(case: Case, backend: Backend, device: str, result: BackendResult, progress: Progress) -> Arrays:
-    """Fills the result; what of the trace can be compared with another backend's."""
-    progress(f"{backend.name}: forward" + (" and backward" if backend.trains else ""))
-    model = backend.create(case.spec, case.parameters, device)
+    """Fills the result; what of the trace can be compared with another backend's.
+
+    The model that is traced goes on to train under the first optimizer: tracing and predicting change nothing.
+    """
+    def told(message: str) -> None:
+        progress(f"{backend.name}: {message}")
+
+    told("forward and backward" if backend.trains else "forward")
+    first, *others = (case.optimizers if backend.trains else ()) or (None,)
+    model = backend.create(case.under(first) if first else case.spec, case.parameters, device)
     try:
         result.engine = model.engine
         trace = model.trace(case.batches[0])
-        section = _judge_trace(case, model, trace, backend.trains)
+        expected = evaluate(case.spec, case.parameters, case.batches[0], backend.trains, engine=trace)
+        section = _judge_trace(case, model, trace, expected, backend.trains)
         result.sections.append(section)
+        if first:
+            result.sections.append(_judge_training(case, model, first, told, expected))
     finally:
         model.close()
-    if backend.trains:
-        for optimizer in case.optimizers:
-            result.sections.append(_judge_training(case, backend, device, optimizer, progress))
+    for optimizer in others:
+        model = backend.create(case.under(optimizer), case.parameters, device)
+        try:
+            result.sections.append(_judge_training(case, model, optimizer, told))
+        finally:
+            model.close()
     incomparable = {verdict.tensor for verdict in section.tensors if verdict.problem}
     return {name: tensor for name, tensor in trace.items() if name not in incomparable}
 
 
-def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Section:
-    expected = evaluate(case.spec, case.parameters, case.batches[0], gradients, engine=trace)
+def _judge_trace(case: Case, model: Model, trace: Arrays, expected: Evaluation, gradients: bool) -> Section:
     section = Section(None, 1, kinks=dict(expected.kinks))
     forward = set(activations(case.spec))
     for name in trace_names(case.spec, gradients):
@@ -167,35 +179,33 @@ def _judge_trace(case: Case, model: Model, trace: Arrays, gradients: bool) -> Se
     return section
 
 
-def _judge_training(case: Case, backend: Backend, device: str, optimizer: str, progress: Progress) -> Section:
+def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress,
+                    evaluation: Evaluation | None = None) -> Section:
     """Train from the initial parameters; each step is judged from the state the backend itself had before it.
 
-    The trace before the step tells on which side of each kink the backend was. What cannot be compared ends the
-    training: the next step would have nothing to be judged from.
+    The trace before the step tells on which side of each kink the backend was; `evaluation` is the first step's,
+    where it is known. What cannot be compared ends the training: the next step would have nothing to be judged from.
     """
     spec = case.under(optimizer)
     section = Section(optimizer, len(case.batches), spec.optimizer.learning_rate)
     merged: dict[str, TensorVerdict] = {}
-    model = backend.create(spec, case.parameters, device)
-    try:
-        before, state = model.parameters(), model.optimizer_state()
-        section.tensors = _judge_start(spec, case.parameters, before | state)
-        if section.tensors:
-            return section
-        for step, batch in enumerate(case.batches, start=1):
-            progress(f"{backend.name}: {optimizer}, step {step}")
+    before, state = model.parameters(), model.optimizer_state()
+    section.tensors = _judge_start(spec, case.parameters, before | state)
+    if section.tensors:
+        return section
+    for step, batch in enumerate(case.batches, start=1):
+        progress(f"{optimizer}, step {step}")
+        if step > 1 or evaluation is None:
             evaluation = evaluate(spec, before, batch, engine=model.trace(batch))
-            loss = model.train_step(batch)
-            after, new_state = model.parameters(), model.optimizer_state()
-            verdicts = _judge_step(spec, step, evaluation, loss, before, state, after, new_state, section)
-            for verdict in verdicts:
-                known = merged.get(verdict.tensor)
-                merged[verdict.tensor] = known.merge(verdict) if known else verdict
-            if any(verdict.problem for verdict in verdicts):
-                break
-            before, state = after, new_state
-    finally:
-        model.close()
+        loss = model.train_step(batch)
+        after, new_state = model.parameters(), model.optimizer_state()
+        verdicts = _judge_step(spec, step, evaluation, loss, before, state, after, new_state, section)
+        for verdict in verdicts:
+            known = merged.get(verdict.tensor)
+            merged[verdict.tensor] = known.merge(verdict) if known else verdict
+        if any(verdict.problem for verdict in verdicts):
+            break
+        before, state = after, new_state
     section.tensors = list(merged.values())
     return section
 

@@ -10,3 +10,14 @@ def thread_count() -> int:
     process may use. An engine with threads of its own asks here."""
     wanted = os.environ.get(VARIABLE, "")
     return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
+
+
+def wait_without_spinning() -> None:
+    """For a process in which NumPy and several engines compute in turns; call it before any of them is loaded.
+
+    An idle thread of OpenMP or of NumPy's BLAS else spins for up to a tenth of a second, on the cores that the next
+    one needs: on two cores most of the time of a conformance run went into that. Results do not change. What the
+    environment says already stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch, and MKL in the worker of genuine Caffe2
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy, whose products here are small

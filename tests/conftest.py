@@ -4,6 +4,10 @@ import os
 
 import pytest
 
+from spec.threads import wait_without_spinning
+
+wait_without_spinning()
+
 
 def pytest_runtest_setup(item):
     """Tests marked `engine` skip without genuine Caffe2, and say so; where it is required, as in CI, they fail."""

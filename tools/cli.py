@@ -134,6 +134,8 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         from tools.bundle import write
         write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
         return
+    from spec.threads import wait_without_spinning
+    wait_without_spinning()
     from tools.conform import run
     ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
              json_path)
