@@ -62,11 +62,12 @@ def train_model(spec: ModelSpec) -> "onnx.ModelProto":
 
 
 def input_axes(spec: ModelSpec) -> dict[str, Axes]:
-    """The batch's arrays, by name. "B" is the batch; each table has its own number of lookups."""
+    """The batch's arrays, by name. "B" is the batch; a ragged table has a number of lookups of its own."""
     axes = {"dense": Axes(FLOAT, ("B", spec.dense_features))}
-    for number in range(len(spec.tables)):
-        name = f"tables.{number}"
-        axes |= {f"{name}.indices": Axes(INT64, (f"{name}.lookups",)), f"{name}.lengths": Axes(INT32, ("B",))}
+    for number, table in enumerate(spec.tables):
+        name, k = f"tables.{number}", table.fixed_lookups
+        lookups = f"{name}.lookups" if k is None else "B" if k == 1 else f"{k}*B"
+        axes |= {f"{name}.indices": Axes(INT64, (lookups,)), f"{name}.lengths": Axes(INT32, ("B",))}
     return axes | {"label": Axes(FLOAT, ("B", 1))}
 
 

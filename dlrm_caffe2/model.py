@@ -131,15 +131,17 @@ def _mlp(spec: ModelSpec, mlp: str, x: str) -> Iterator[OperatorDef]:
 
 
 def _pooling(spec: ModelSpec, number: int) -> Iterator[OperatorDef]:
-    name, pooling = f"tables.{number}", spec.tables[number].pooling
-    lookups = [f"{name}.indices", f"{name}.lengths"]
+    name, table = f"tables.{number}", spec.tables[number]
+    lookups, pooling = [f"{name}.indices", f"{name}.lengths"], table.pooling
+    fixed = {} if table.fixed_lookups is None else {"fixed_lookups": table.fixed_lookups}
     if pooling in ("sum", "mean"):
-        yield make_operator(f"SparseLengths{pooling.capitalize()}", [f"{name}.weight", *lookups], [f"{name}.pooled"])
+        yield make_operator(f"SparseLengths{pooling.capitalize()}", [f"{name}.weight", *lookups], [f"{name}.pooled"],
+                            **fixed)
         return
     weights = f"{name}.lookup_weights"
     yield make_operator("Gather", [f"{name}.pooling", f"{name}.indices"], [weights])
     yield make_operator("SparseLengthsWeightedSum", [f"{name}.weight", weights, *lookups], [f"{name}.pooled"],
-                        grad_on_weights=int(pooling == "weighted_learned"))
+                        grad_on_weights=int(pooling == "weighted_learned"), **fixed)
 
 
 def _interaction(spec: ModelSpec) -> Iterator[OperatorDef]:

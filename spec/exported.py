@@ -68,9 +68,14 @@ def metadata(spec: ModelSpec, source: str) -> dict[str, str]:
 
 def axes(spec: ModelSpec) -> dict[str, str]:
     """What each axis counts whose size may differ from run to run, by its name in the files."""
-    lookups = {f"tables.{number}.lookups": f"rows that are looked up in table {number}: the sum of its lengths"
-               for number in range(len(spec.tables))}
-    return {"B": "samples of the batch"} | lookups
+    named = {"B": "samples of the batch"}
+    for number, table in enumerate(spec.tables):
+        k = table.fixed_lookups
+        if k is None:
+            named[f"tables.{number}.lookups"] = f"rows that are looked up in table {number}: the sum of its lengths"
+        elif k > 1:
+            named[f"{k}*B"] = f"rows that are looked up where each sample has {k}"
+    return named
 
 
 def docs(spec: ModelSpec) -> dict[str, str]:

@@ -68,10 +68,11 @@ class Source:
         values = self.rng.integers(0, rows, count) if rows else np.empty(0)
         return values.astype(self.choice(np.int32, np.int64))
 
-    def bags(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices, lengths), with empty bags."""
-        lengths = self.rng.integers(0, 4 if rows else 1, self.size()).astype(np.int32)
-        return self.indices(int(lengths.sum()), rows), lengths
+    def bags(self, rows: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """(indices, lengths, arguments), with empty bags or with bags of a fixed size."""
+        fixed = self.size(0, 3) if rows else 0
+        lengths = self.rng.integers(fixed, fixed + 1 if fixed or not rows else 4, self.size()).astype(np.int32)
+        return self.indices(int(lengths.sum()), rows), lengths, {"fixed_lookups": fixed} if fixed else {}
 
 
 def _fc_inputs(s: Source) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
@@ -119,9 +120,9 @@ def _like_output(type: str) -> Callable[[Source], Case]:
 def _lookup(type: str) -> Callable[[Source], Case]:
     def build(s: Source) -> Case:
         rows = s.size()
-        indices, lengths = s.bags(rows)
+        indices, lengths, options = s.bags(rows)
         weights = [s.floats(len(indices))] if "Weighted" in type else []
-        options = {"grad_on_weights": s.choice(0, 1)} if weights else {}
+        options |= {"grad_on_weights": s.choice(0, 1)} if weights else {}
         return make_case(type, [s.floats(rows, *s.shape(0, 2, least=1)), *weights, indices, lengths], **options)
     return build
 
@@ -129,11 +130,11 @@ def _lookup(type: str) -> Callable[[Source], Case]:
 def _lookup_gradient(type: str) -> Callable[[Source], Case]:
     def build(s: Source) -> Case:
         rows, row = s.size(1), s.shape(0, 2)
-        indices, lengths = s.bags(rows)
+        indices, lengths, options = s.bags(rows)
         weights = [s.floats(len(indices))] if "Weighted" in type else []
         with_table = "MainInput" in type
         table = [s.floats(rows, *row)] if with_table else []
-        options = {"grad_on_weights": int(with_table)} if weights else {}
+        options |= {"grad_on_weights": int(with_table)} if weights else {}
         return make_case(type, [*weights, s.floats(len(lengths), *row), lengths, *table, indices], 1 + with_table,
                          **options)
     return build

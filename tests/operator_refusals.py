@@ -83,6 +83,7 @@ _LOOKUP = [
           ("rows without elements", f32(5, 0), i64(0, 1), i32(2)),
           ("a table of float64", _TABLE.astype(np.float64), i64(0, 1), i32(2)),
       ]),
+    refused_here("a bag of another size", "SparseLengthsSum", [_TABLE, i64(0, 1), i32(2, 0)], fixed_lookups=1),
     refused("too many weights", "SparseLengthsWeightedSum", [_TABLE, f32(3), i64(0, 1), i32(2)]),
     refused("a matrix of weights", "SparseLengthsWeightedSum", [_TABLE, f32(2, 1), i64(0, 1), i32(2)]),
     refused("weights of float64", "SparseLengthsWeightedSum", [_TABLE, np.ones(2), i64(0, 1), i32(2)]),

@@ -110,13 +110,16 @@ def test_every_operator_is_lowered():
     assert set(LOWERED) == set(records())
 
 
-def bags(type: str, lengths: list[int], seed: int = 0, rows: int = 50, dtype: type = np.int64) -> Case:
+def bags(type: str, lengths: list[int], seed: int = 0, rows: int = 50, dtype: type = np.int64,
+         **arguments: int) -> Case:
     rng = np.random.default_rng(seed)
     count = sum(lengths)
     weights = [rng.normal(size=count).astype(np.float32)] if "Weighted" in type else []
     return make_case(type, [rng.normal(size=(rows, 3)).astype(np.float32), *weights,
-                            rng.integers(0, rows, count).astype(dtype), np.array(lengths, np.int32)])
+                            rng.integers(0, rows, count).astype(dtype), np.array(lengths, np.int32)], **arguments)
 
+
+LOOKUPS = ["SparseLengthsSum", "SparseLengthsMean", "SparseLengthsWeightedSum"]
 
 RAGGED = {
     "no bags": [], "one empty bag": [0], "all empty": [0] * 5, "one bag of one": [1], "one-hot": [1] * 9,
@@ -127,7 +130,7 @@ RAGGED = {
 
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED.keys())
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-@pytest.mark.parametrize("type", ["SparseLengthsSum", "SparseLengthsMean", "SparseLengthsWeightedSum"])
+@pytest.mark.parametrize("type", LOOKUPS)
 def test_ragged_bags(type: str, dtype: type, lengths: list[int]):
     judge_lowering(bags(type, lengths, dtype=dtype))
 
@@ -137,6 +140,33 @@ def test_one_model_takes_bags_of_any_sizes():
     for seed, lengths in enumerate(RAGGED.values()):
         case = bags("SparseLengthsSum", lengths, seed)
         judge(case, in_onnxruntime(model, case.blobs))
+
+
+@pytest.mark.parametrize("k", [1, 2, 50])
+@pytest.mark.parametrize("type", LOOKUPS)
+def test_bags_of_a_fixed_size(type: str, k: int):
+    """One model for any number of bags, without sorting them out; it refuses bags of other sizes."""
+    model = case_model(bags(type, [k] * 3, fixed_lookups=k))
+    kinds = {node.op_type for node in inline(model).graph.node}
+    assert {"Loop", "ScatterND", "MatMul"}.isdisjoint(kinds) and ("ReduceSum" in kinds) == (k > 1)
+    for size in (0, 1, 100):
+        case = bags(type, [k] * size, fixed_lookups=k)
+        judge(case, in_onnxruntime(model, case.blobs))
+        judge(case, in_reference(model, case.blobs))
+    for lengths in ([k - 1, k + 1], [0] + [k] * 3 + [2 * k], [k + 1, k, k - 1]):
+        case = bags(type, lengths)
+        for run in (in_onnxruntime, in_reference):
+            with pytest.raises(Exception, match=r"(?i)shape|squeeze"):
+                run(model, case.blobs)
+
+
+def test_relu_gradient_is_zero_where_the_output_is_whatever_comes_back():
+    """Also an infinity or NaN, which times 0 would be NaN."""
+    y, dy = np.float32([0, 0, 0, 0, 1, 1, 1, 1]), np.float32([np.inf, -np.inf, np.nan, 1] * 2)
+    case = make_case("ReluGradient", [y, dy])
+    for run in (in_onnxruntime, in_reference):
+        for form in (case_model(case), inline(case_model(case))):
+            np.testing.assert_array_equal(run(form, case.blobs)[0], np.where(y > 0, dy, 0))
 
 
 def heavy(type: str) -> Case:
@@ -210,7 +240,9 @@ def test_files_are_valid_and_keep_the_names(tiny):
     shapes = {value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
               for value in (*functions.graph.input, *functions.graph.value_info, *functions.graph.output)}
     assert shapes["dense"] == ["B", spec.dense_features]
-    assert shapes["tables.0.indices"] == ["tables.0.lookups"]
+    for number, table in enumerate(spec.tables):
+        expected = {None: f"tables.{number}.lookups", 1: "B", 3: "3*B"}[table.fixed_lookups]
+        assert shapes[f"tables.{number}.indices"] == [expected]
     assert shapes["tables.0.pooled"] == ["B", spec.embedding_dim]
     assert shapes["probability"] == ["B", 1]
 

@@ -174,9 +174,10 @@ FORWARD = [
     make_operator("Flatten", ["X"], ["Y"], axis=1),
     make_operator("Scale", ["X"], ["Y"], scale=2.0),
     make_operator("Clip", ["X"], ["Y"], min=0.1, max=0.9),
-    *(make_operator(type, ["D", "I", "L"], ["Y"]) for type in ("SparseLengthsSum", "SparseLengthsMean")),
+    *(make_operator(type, ["D", "I", "L"], ["Y"], **options) for type in ("SparseLengthsSum", "SparseLengthsMean")
+      for options in ({}, {"fixed_lookups": 1})),
     *(make_operator("SparseLengthsWeightedSum", ["D", "w", "I", "L"], ["Y"], **options)
-      for options in ({}, {"grad_on_weights": 0}, {"grad_on_weights": 1})),
+      for options in ({}, {"grad_on_weights": 0}, {"grad_on_weights": 1}, {"grad_on_weights": 1, "fixed_lookups": 2})),
     *(make_operator(type, ["D", "I"], ["Y"]) for type in ("Gather", "BatchGather")),
     make_operator("Concat", ["A", "B"], ["C", "info"]),
     make_operator("Concat", ["A", "B"], ["C", "info"], axis=1, add_axis=1),

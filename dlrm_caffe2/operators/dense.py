@@ -200,12 +200,21 @@ _SIGMOID = """
     Y = Reciprocal(sum)
 """
 
-# Where(Y > 0, dY, 0) is six times slower in ONNX Runtime; unlike it, this gives NaN where dY is not finite and Y is 0.
+# A product with the mask is several times faster in ONNX Runtime than Where, but NaN where dY is not finite and Y is 0.
+# The sum of dY times 0 is 0 where all of dY is finite, unless it overflows.
 _RELU_GRADIENT = """
     zero = Constant<value_float = 0.0>()
     above = Greater(Y, zero)
-    mask = Cast<to = 1>(above)
-    dX = Mul(dY, mask)
+    total = ReduceSum<keepdims = 0>(dY)
+    nothing = Mul(total, zero)
+    finite = Equal(nothing, zero)
+    dX = If(finite) <
+        then_branch = product () => (by_product) {
+            mask = Cast<to = 1>(above)
+            by_product = Mul(dY, mask)
+        },
+        else_branch = choice () => (by_choice) {by_choice = Where(above, dY, zero)}
+    >
 """
 _SIGMOID_GRADIENT = """
     one = Constant<value_float = 1.0>()

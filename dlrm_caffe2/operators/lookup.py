@@ -2,10 +2,13 @@
 
 A table is [N, ...], its indices I [L] are int32 or int64, and the bags' lengths [B] are int32 and add up to L.
 Caffe2's gradient operators compare neither len(I) nor the weights with the lengths; ours refuse a mismatch.
+
+The argument `fixed_lookups`, k, is ours: it promises that every bag has k rows. Caffe2 ignores it, and ONNX models are
+faster by it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dlrm_caffe2.operators.lowering import function, simple
 from dlrm_caffe2.operators.record import (
@@ -35,11 +38,13 @@ def _expect_bags(node: Node, inputs: Sequence[TensorType], indices: int, lengths
 
 
 def _expect_total(node: Node, position: int, lengths, total: int) -> None:
+    where, fixed = f"input {position} ('{node.inputs[position]}')", node.args["fixed_lookups"]
     if lengths.numel():
-        node.require(int(lengths.min()) >= 0, f"input {position} ('{node.inputs[position]}'): a length is negative")
+        node.require(int(lengths.min()) >= 0, f"{where}: a length is negative")
+        node.require(not fixed or bool((lengths == fixed).all()), f"{where}: a length is not fixed_lookups, {fixed}")
     found = int(lengths.sum())
-    node.require(found == total, f"input {position} ('{node.inputs[position]}'): the sum of lengths should be the "
-                                 f"number of indices: expected {total}, found {found}")
+    node.require(found == total, f"{where}: the sum of lengths should be the number of indices: expected {total}, "
+                                 f"found {found}")
 
 
 def pool(rows, indices, lengths, weights=None):
@@ -114,7 +119,38 @@ _AVERAGES = """
 """
 
 
+_BAG_SIZE = """
+    one_int32 = Cast<to = 6>(axis1)
+    lengths_and_1 = Concat<axis = 0>(L, one_int32)
+    longest_int32 = ReduceMax(lengths_and_1)
+    longest = Cast<to = 7>(longest_int32)
+    bags = Shape(L)
+"""
+"""For bags of a fixed size. It is the longest's: indices that a Reshape to [bags, longest] takes fill every bag."""
+
+
+def _fixed_bags_onnx(node: Node, ranks: Sequence[int]) -> str:
+    """One-hot: rows alone. Otherwise sums of [B, k, ...]. Bags of different sizes are refused."""
+    k, rank, weighted = node.args["fixed_lookups"], ranks[0], "Weighted" in node.type
+    others = f"others = Constant<value_ints = {list(range(1, rank))}>()" if rank > 1 else ""
+    column = f"{others} column = {'Unsqueeze(w, others)' if rank > 1 else 'Identity(w)'}"
+    mean = "Mean" in node.type and k > 1
+    return function(node, ["D", *(["w"] if weighted else []), "I", "L"], ["Y"], f"""
+        {CONSTANTS}
+        {_BAG_SIZE}
+        looked_up = Gather(D, I)
+        {column + " rows = Mul(looked_up, column)" if weighted else "rows = Identity(looked_up)"}
+        row = Shape<start = 1>(D)
+        shape = Concat<axis = 0>(bags, longest, row)
+        rows_by_bag = Reshape<allowzero = 1>(rows, shape)
+        {"sums" if mean else "Y"} = {"Squeeze" if k == 1 else "ReduceSum<keepdims = 0>"}(rows_by_bag, axis1)
+        {"size = Cast<to = 1>(longest) inverse = Reciprocal(size) Y = Mul(sums, inverse)" if mean else ""}
+    """, variant=["one_hot" if k == 1 else "fixed", *(["rank", rank] if rank != 2 else [])])
+
+
 def _bags_onnx(node: Node, ranks: Sequence[int]) -> str:
+    if node.args["fixed_lookups"]:
+        return _fixed_bags_onnx(node, ranks)
     weighted, mean = "Weighted" in node.type, "Mean" in node.type
     body = f"""
         {CONSTANTS}
@@ -226,12 +262,40 @@ _DIVIDED = """
     inverse_column = {}
     divided = Mul(dY, inverse_column)
 """
+_REPEATED = """
+    row = Shape<start = 1>(dY)
+    lookups = Shape(I)
+    repeats = Concat<axis = 0>(bags, longest, row)
+    dY_B1 = Unsqueeze({dy}, axis1)
+    dY_Bk = Expand(dY_B1, repeats)
+    by_lookup = Concat<axis = 0>(lookups, row)
+    {rows} = Reshape<allowzero = 1>(dY_Bk, by_lookup)
+"""
+"""Each row of dY as often as the longest bag has lookups, as many as there are of them: otherwise refused."""
+
+
+def _spread_rows(node: Node, rows: str, column: Callable[[str], str]) -> str:
+    """What makes `rows` [K, ...] of dY [B, ...]: row b once for each index of bag b."""
+    k, mean = node.args["fixed_lookups"], "Mean" in node.type
+    if k == 1:
+        return f"""
+            row = Shape<start = 1>(dY)
+            lookups = Shape(I)
+            by_lookup = Concat<axis = 0>(lookups, row)
+            {rows} = Reshape<allowzero = 1>(dY, by_lookup)
+        """
+    dy = "divided" if mean else "dY"
+    if k:
+        divided = "size = Cast<to = 1>(longest) inverse = Reciprocal(size) divided = Mul(dY, inverse)" if mean else ""
+        return _BAG_SIZE + divided + _REPEATED.format(dy=dy, rows=rows)
+    divided = _DIVIDED.format(column("inverse")) if mean else ""
+    return _FILLED + _BAG_OF_EACH + divided + f"{rows} = Gather({dy}, bag)"
 
 
 def _spread_onnx(node: Node, ranks: Sequence[int]) -> str:
     """The gradient operators: row b of dY, once for each index of bag b."""
     weighted, table = "Weighted" in node.type, "MainInput" in node.type
-    rank = ranks[int(weighted)]
+    rank, fixed = ranks[int(weighted)], node.args["fixed_lookups"]
     others = f"others = Constant<value_ints = {list(range(1, rank))}>()" if rank > 1 else ""
 
     def column(x: str) -> str:
@@ -239,11 +303,8 @@ def _spread_onnx(node: Node, ranks: Sequence[int]) -> str:
 
     body = f"""
         {CONSTANTS}
-        {_FILLED}
-        {_BAG_OF_EACH}
         {others}
-        {_DIVIDED.format(column("inverse")) if "Mean" in node.type else ""}
-        {"rows" if weighted else "Y"} = Gather({"divided" if "Mean" in node.type else "dY"}, bag)
+        {_spread_rows(node, "rows" if weighted else "Y", column)}
     """
     if weighted:
         body += f"weights = {column('w')} Y = Mul(rows, weights)"
@@ -254,7 +315,9 @@ def _spread_onnx(node: Node, ranks: Sequence[int]) -> str:
             dw = {"ReduceSum<keepdims = 0>(products, others)" if rank > 1 else "Identity(products)"}
         """
     return function(node, [*(["w"] if weighted else []), "dY", "L", *(["D"] if table else []), "I"],
-                    ["Y", *(["dw"] if table else [])], body, variant=() if rank == 2 else ("rank", rank))
+                    ["Y", *(["dw"] if table else [])], body,
+                    variant=[*(["one_hot" if fixed == 1 else "fixed"] if fixed else []),
+                             *(["rank", rank] if rank != 2 else [])])
 
 
 def _gather_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -275,23 +338,22 @@ def _gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     return GradientOps([], [Slice(node.inputs[1], dense(node, outputs[0])), None])
 
 
-_WEIGHTS = {"grad_on_weights": Arg("i", 0)}
+_FIXED = {"fixed_lookups": Arg("i", 0)}
+_WEIGHTED = _FIXED | {"grad_on_weights": Arg("i", 0)}
 
 OPERATORS = [
-    Operator("SparseLengthsSum", (3, 3), (1, 1), _sum_infer, _sum_aten, gradient=_sum_gradient("Sum"),
-             onnx=_bags_onnx),
-    Operator("SparseLengthsMean", (3, 3), (1, 1), _sum_infer, _mean_aten, gradient=_sum_gradient("Mean"),
-             onnx=_bags_onnx),
-    Operator("SparseLengthsWeightedSum", (4, 4), (1, 1), _sum_infer, _weighted_aten, _WEIGHTS, _weighted_gradient,
+    Operator("SparseLengthsSum", (3, 3), (1, 1), _sum_infer, _sum_aten, _FIXED, _sum_gradient("Sum"), _bags_onnx),
+    Operator("SparseLengthsMean", (3, 3), (1, 1), _sum_infer, _mean_aten, _FIXED, _sum_gradient("Mean"), _bags_onnx),
+    Operator("SparseLengthsWeightedSum", (4, 4), (1, 1), _sum_infer, _weighted_aten, _WEIGHTED, _weighted_gradient,
              _bags_onnx),
-    Operator(_GRADIENT.format("Sum"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _sum_gradient_aten,
+    Operator(_GRADIENT.format("Sum"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _sum_gradient_aten, _FIXED,
              onnx=_spread_onnx),
-    Operator(_GRADIENT.format("Mean"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _mean_gradient_aten,
+    Operator(_GRADIENT.format("Mean"), (3, 3), (1, 1), _rows_infer(0, 1, 2), _mean_gradient_aten, _FIXED,
              onnx=_spread_onnx),
     Operator(_GRADIENT.format("WeightedSum"), (4, 4), (1, 1), _weighted_gradient_infer, _weighted_gradient_aten,
-             _WEIGHTS, onnx=_spread_onnx),
+             _WEIGHTED, onnx=_spread_onnx),
     Operator(_GRADIENT.format("WeightedSumWithMainInput"), (5, 5), (2, 2), _main_input_infer, _main_input_aten,
-             _WEIGHTS, onnx=_spread_onnx),
+             _WEIGHTED, onnx=_spread_onnx),
     Operator("Gather", (2, 2), (1, 1), _gather_infer, _gather_aten, gradient=_gather_gradient,
              onnx=simple("D, I", "Y = Gather(D, I)")),
 ]

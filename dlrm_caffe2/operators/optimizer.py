@@ -21,7 +21,7 @@ from dlrm_caffe2.operators.rules import (
     no_gradient,
     size,
 )
-from dlrm_caffe2.operators.segments import CONSTANTS, SORTED_RUNS, as_matrix, bag_sums, scattered
+from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, RISING, SORTED_RUNS, as_matrix, bag_sums, scattered
 
 
 def _weighted_sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -112,24 +112,51 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
 
 def _scatter_onnx(node: Node, ranks: Sequence[int]) -> str:
     """A row's updates are summed first."""
-    return function(node, ["X", "w0", "I", "X1", "w1"], "Y", f"""
+    return function(node, ["X", "w0", "I", "X1", "w1"], _UPDATED[len(node.outputs) == 2], f"""
         {CONSTANTS}
         {as_scalar("old_weight", "w0", ranks[1])}
         {as_scalar("new_weight", "w1", ranks[4])}
-        {SORTED_RUNS.format(indices="I")}
-        {as_matrix("rows", "X", ranks[0])}
-        {as_matrix("updates", "X1", ranks[3])}
-        {bag_sums("updates", "order")}
-        times = Cast<to = 1>(sizes)
-        factor = Pow(old_weight, times)
-        factor_U1 = Unsqueeze(factor, axis1)
-        old = Gather(rows, distinct)
-        kept = Mul(old, factor_U1)
-        added = Mul(sums, new_weight)
-        new_rows = Add(kept, added)
-        all_rows = ScatterND(rows, distinct_U1, new_rows)
-        {reshaped("Y", "all_rows", "X")}
-    """, variant=["rank", *ranks])
+        {KEYS.format(indices="I")}
+        {RISING}
+        rows, values = If(rising) <
+            then_branch = once () => (rows_once, values_once) {{
+                rows_once = Identity(keys)
+                old_once = Gather(X, keys)
+                kept_once = Mul(old_once, old_weight)
+                added_once = Mul(X1, new_weight)
+                values_once = Add(kept_once, added_once)
+            }},
+            else_branch = often () => (distinct, values_often) {{
+                {SORTED_RUNS}
+                {as_matrix("updates", "X1", ranks[3])}
+                {bag_sums("updates", "order")}
+                old = Gather(X, distinct)
+                times = Cast<to = 1>(sizes)
+                factor = Pow(old_weight, times)
+                {_column("factor", ranks[0])}
+                kept = Mul(old, factor_column)
+                {reshaped("sums_of_rows", "sums", "old")}
+                added = Mul(sums_of_rows, new_weight)
+                values_often = Add(kept, added)
+            }}
+        >
+        {"" if len(node.outputs) == 2 else _scattered("Y", "X", "values")}
+    """, variant=["rank", *ranks, *(["rows"] if len(node.outputs) == 2 else [])])
+
+
+_UPDATED = {False: ["Y"], True: ["rows", "values"]}
+"""What a sparse update returns: the whole table or, with one output more than Caffe2's, the rows that changed alone."""
+
+
+def _scattered(output: str, table: str, values: str) -> str:
+    return f"{output}_rows_U1 = Unsqueeze(rows, axis1) {output} = ScatterND({table}, {output}_rows_U1, {values})"
+
+
+def _column(x: str, rank: int) -> str:
+    """x [U], shaped so that it multiplies whole rows of a tensor of this rank."""
+    if rank == 1:
+        return f"{x}_column = Identity({x})"
+    return f"{x}_axes = Constant<value_ints = {list(range(1, rank))}>() {x}_column = Unsqueeze({x}, {x}_axes)"
 
 
 def _unique_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -165,7 +192,8 @@ def _unique_onnx(node: Node, ranks: Sequence[int]) -> str:
     """ if len(node.outputs) == 2 else ""
     return function(node, "I", ["values", "places"][:len(node.outputs)], f"""
         {CONSTANTS}
-        {SORTED_RUNS.format(indices="I")}
+        {KEYS.format(indices="I")}
+        {SORTED_RUNS}
         values = CastLike(distinct, I)
         {places}
     """, variant=[len(node.outputs)])
@@ -202,7 +230,8 @@ def _segment_onnx(node: Node, ranks: Sequence[int]) -> str:
     """
     return function(node, ["D", "I"], "Y", f"""
         {CONSTANTS}
-        {SORTED_RUNS.format(indices="I")}
+        {KEYS.format(indices="I")}
+        {SORTED_RUNS}
         {as_matrix("rows", "D", ranks[0])}
         {bag_sums("rows", "order")}
         {segments}
@@ -230,13 +259,6 @@ def _adagrad_aten(node: Node, parameter, moment, gradient, lr):
     return parameter + step, moment
 
 
-def _decayed(node: Node, gradient: str, parameter: str) -> tuple[str, str]:
-    """The gradient with weight decay: its name, and what makes it."""
-    if not node.args["weight_decay"]:
-        return gradient, ""
-    return "decayed", f"pull = Mul(weight_decay, {parameter}) decayed = Add({gradient}, pull)"
-
-
 def _constants(node: Node) -> tuple[list[str], str]:
     """Those arguments of an Adagrad that matter, and the constants that hold them."""
     used = ["epsilon", *(["weight_decay"] if node.args["weight_decay"] else []),
@@ -244,47 +266,58 @@ def _constants(node: Node) -> tuple[list[str], str]:
     return used, " ".join(f"{name} = Constant<value_float: float = @{name}>()" for name in used)
 
 
-_STEP = """
-    root = Sqrt({moment})
-    scale = Add(root, epsilon)
-    scaled = Mul(rate, {gradient})
-    step = Div(scaled, scale)
-"""
+def _step(node: Node, p: str, h: str, g: str, row: Sequence[int] = ()) -> str:
+    """`new_p` and `new_h` from a parameter, its moment and its gradient, of one shape. With `row`, the axes of a row,
+    there is one moment for each row."""
+    pull = f"pull = Mul(weight_decay, {p}) gradient = Add({g}, pull)" if node.args["weight_decay"] else \
+        f"gradient = Identity({g})"
+    mean = f"""
+        row = Constant<value_ints = {list(row)}>()
+        added = ReduceMean<keepdims = 0>(squares, row)
+    """ if row else "added = Identity(squares)"
+    return f"""
+        {pull}
+        squares = Mul(gradient, gradient)
+        {mean}
+        new_h = Add({h}, added)
+        root = Sqrt(new_h)
+        scales = Add(root, epsilon)
+        scale = {"Unsqueeze(scales, row)" if row else "Identity(scales)"}
+        scaled = Mul(rate, gradient)
+        step = Div(scaled, scale)
+        new_p = Add({p}, step)
+    """
 
 
 def _adagrad_onnx(node: Node, ranks: Sequence[int]) -> str:
-    gradient, decayed = _decayed(node, "gradient", "P")
     used, constants = _constants(node)
-    return function(node, ["P", "M", "g", "lr"], ["new_P", "new_M"], f"""
+    return function(node, ["P", "M", "g", "lr"], ["new_p", "new_M"], f"""
         {constants}
         {as_scalar("rate", "lr", ranks[3])}
-        {reshaped("gradient", "g", "P")}
+        {reshaped("given", "g", "P")}
         {reshaped("moment", "M", "P")}
-        {decayed}
         old = {"Mul(decay, moment)" if "decay" in used else "Identity(moment)"}
-        squares = Mul({gradient}, {gradient})
-        sum = Add(old, squares)
-        {_STEP.format(moment="sum", gradient=gradient)}
-        new_P = Add(P, step)
-        {reshaped("new_M", "sum", "M")}
+        {_step(node, "P", "old", "given")}
+        {reshaped("new_M", "new_h", "M")}
     """, attributes=used, variant=["rank", ranks[3], *used[1:]])
 
 
 def _sparse_adagrad_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    """P [N, ...], M of the same size, I [K], g [K, ...], lr."""
+    """P [N, ...], M of the same shape, of which Caffe2 compares the size alone, I [K], g [K, ...], lr."""
     node.require(node.args["decay"] == 1, f"expected decay 1, found {node.args['decay']}")
     expect_dtype(node, inputs, FLOAT, at=[0, 1, 3, 4])
     _expect_rows(node, inputs, 2, 3)
-    expect_size(node, inputs, 1, size(inputs[0]))
+    expect_shape(node, inputs, 1, inputs[0].shape)
     expect_size(node, inputs, 4, 1)
     return [inputs[0], inputs[1]]
 
 
 def _rowwise_adagrad_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    """P [N, ...], R of N elements, I [K], g [K, ...], lr. Caffe2's counter input is not supported."""
+    """P [N, ...], R [N], of which Caffe2 compares the size alone, I [K], g [K, ...], lr. Caffe2's counter input is not
+    supported."""
     expect_dtype(node, inputs, FLOAT, at=[0, 1, 3, 4])
     _expect_rows(node, inputs, 2, 3)
-    expect_size(node, inputs, 1, inputs[0].shape[0])
+    expect_shape(node, inputs, 1, inputs[0].shape[:1])
     expect_size(node, inputs, 4, 1)
     return [inputs[0], inputs[1]]
 
@@ -314,52 +347,51 @@ def _sparse_adagrad(rowwise: bool):
 def _sparse_adagrad_onnx(node: Node, ranks: Sequence[int]) -> str:
     """The rows that are listed are taken out, updated in as many turns as the most repeated one is listed, and put
     back."""
-    rowwise = node.type.startswith("RowWise")
-    gradient, decayed = _decayed(node, "g_AW", "p_AW")
+    row = range(1, ranks[0]) if node.type.startswith("RowWise") else ()
     used, constants = _constants(node)
-    return function(node, ["P", "M", "I", "g", "lr"], ["new_P", "new_M"], f"""
+    rows_alone = len(node.outputs) == 3
+    scattered = "" if rows_alone else _scattered("new_P", "P", "values") + _scattered("new_M", "M", "moments")
+    return function(node, ["P", "M", "I", "g", "lr"],
+                    ["rows", "values", "moments"] if rows_alone else ["new_P", "new_M"], f"""
         {CONSTANTS}
         {constants}
         {as_scalar("rate", "lr", ranks[4])}
-        {SORTED_RUNS.format(indices="I")}
-        {as_matrix("parameter", "P", ranks[0])}
-        {as_matrix("gradients", "g", ranks[3])}
-        height = Shape<end = 1>(parameter)
-        width = {"Identity(axis1)" if rowwise else "Shape<start = 1>(parameter)"}
-        moment_shape = Concat<axis = 0>(height, width)
-        moment = Reshape<allowzero = 1>(M, moment_shape)
-        p_UW = Gather(parameter, distinct)
-        h_UW = Gather(moment, distinct)
-        all_sizes = Concat<axis = 0>(axis0, sizes)
-        turns = ReduceMax<keepdims = 0>(all_sizes)
-        any = Greater(turns, zero)
-        last_p_UW, last_h_UW = Loop<body = turn (int64 number, bool going, p_in, h_in)
-                                             => (bool go_on, p_out, h_out) {{
-            go_on = Identity(going)
-            has_more = Greater(sizes, number)
-            active_1A = NonZero(has_more)
-            active = Squeeze(active_1A, axis0)
-            active_A1 = Unsqueeze(active, axis1)
-            start = Gather(starts, active)
-            place = Add(start, number)
-            source = Gather(order, place)
-            g_AW = Gather(gradients, source)
-            p_AW = Gather(p_in, active)
-            h_AW = Gather(h_in, active)
-            {decayed}
-            squares = Mul({gradient}, {gradient})
-            squares_or_mean = {"ReduceMean<keepdims = 1>(squares, axis1)" if rowwise else "Identity(squares)"}
-            sum = Add(h_AW, squares_or_mean)
-            {_STEP.format(moment="sum", gradient=gradient)}
-            new_p_AW = Add(p_AW, step)
-            p_out = ScatterND(p_in, active_A1, new_p_AW)
-            h_out = ScatterND(h_in, active_A1, sum)
-        }}>(turns, any, p_UW, h_UW)
-        all_p = ScatterND(parameter, distinct_U1, last_p_UW)
-        all_h = ScatterND(moment, distinct_U1, last_h_UW)
-        {reshaped("new_P", "all_p", "P")}
-        {reshaped("new_M", "all_h", "M")}
-    """, attributes=used, variant=["rank", *ranks[:2], ranks[4], *used[1:]])
+        {KEYS.format(indices="I")}
+        {RISING}
+        rows, values, moments = If(rising) <
+            then_branch = once () => (rows_once, new_p, new_h) {{
+                rows_once = Identity(keys)
+                p_K = Gather(P, keys)
+                h_K = Gather(M, keys)
+                {_step(node, "p_K", "h_K", "g", row)}
+            }},
+            else_branch = often () => (distinct, p_U, h_U) {{
+                {SORTED_RUNS}
+                old_p_U = Gather(P, distinct)
+                old_h_U = Gather(M, distinct)
+                all_sizes = Concat<axis = 0>(axis0, sizes)
+                turns = ReduceMax<keepdims = 0>(all_sizes)
+                any = Greater(turns, zero)
+                p_U, h_U = Loop<body = turn (int64 number, bool going, p_in, h_in) => (bool go_on, p_out, h_out) {{
+                    go_on = Identity(going)
+                    has_more = Greater(sizes, number)
+                    active_1A = NonZero(has_more)
+                    active = Squeeze(active_1A, axis0)
+                    active_A1 = Unsqueeze(active, axis1)
+                    start = Gather(starts, active)
+                    place = Add(start, number)
+                    source = Gather(order, place)
+                    g_A = Gather(g, source)
+                    p_A = Gather(p_in, active)
+                    h_A = Gather(h_in, active)
+                    {_step(node, "p_A", "h_A", "g_A", row)}
+                    p_out = ScatterND(p_in, active_A1, new_p)
+                    h_out = ScatterND(h_in, active_A1, new_h)
+                }}>(turns, any, old_p_U, old_h_U)
+            }}
+        >
+        {scattered}
+    """, attributes=used, variant=["rank", ranks[0], ranks[4], *used[1:], *(["rows"] if rows_alone else [])])
 
 
 def _iter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:

@@ -36,7 +36,7 @@ from dlrm_caffe2.operators.rules import (
     same_as_input,
     size,
 )
-from dlrm_caffe2.operators.segments import CONSTANTS, SORTED_RUNS
+from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS
 
 
 def _axis(node: Node, rank: int) -> int:
@@ -269,7 +269,8 @@ _BATCH_SCATTER = f"""
     everything = Constant<value_ints = [-1]>()
     axis2 = Constant<value_ints = [2]>()
     flat = Reshape(I, everything)
-    {SORTED_RUNS.format(indices="flat")}
+    {KEYS.format(indices="flat")}
+    {SORTED_RUNS}
     batch = Shape<end = 1>(D)
     columns = Shape<start = 1, end = 2>(D)
     rest = Shape<start = 2>(D)
