@@ -35,9 +35,7 @@ class Case:
 
     def under(self, optimizer: str) -> ModelSpec:
         """The spec, trained by another optimizer."""
-        if optimizer == self.spec.optimizer.kind:
-            return self.spec
-        return self.spec.with_optimizer(optimizer, RATES[optimizer])
+        return under(self.spec, optimizer)
 
     @property
     def first(self) -> Evaluation:
@@ -51,6 +49,11 @@ class Case:
 RATES = {"sgd": 0.1, "adagrad": 0.001, "rowwise_adagrad": 0.001}
 """Learning rates under an optimizer that is not the spec's own. A rate meant for SGD is no rate for Adagrad,
 whose first step is rate * sign(gradient): it saturates the model, and all later gradients vanish."""
+
+def under(spec: ModelSpec, optimizer: str) -> ModelSpec:
+    """The spec, trained by another optimizer, at a rate that is one for it."""
+    return spec if optimizer == spec.optimizer.kind else spec.with_optimizer(optimizer, RATES[optimizer])
+
 
 MOST_SAMPLES = 256
 """Batches are cut to this size unless another is asked for: float64 takes its time."""

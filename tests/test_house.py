@@ -27,7 +27,7 @@ PUBLIC = {
     "spec.reference": {"Evaluation", "evaluate"},
     "spec.update": {"Updated", "update"},
     "spec.data": {"open_batches"},
-    "conformance.case": {"Case", "make_case"},
+    "conformance.case": {"Case", "make_case", "under"},
     "conformance.run": {"BackendResult", "CaseResult", "PairResult", "Section", "run_case", "steps_to_run"},
     "conformance.report": {"as_dict", "write_json"},
     "conformance.html": {"write_html"},

@@ -66,9 +66,13 @@ RECORDERS = {"dlrm_s_pytorch.py": ("torch.nn.modules.module", record_pytorch),
 """By script: the module to hook into, which its interpreter has, and how."""
 
 
-def main(script, output, flags):
+def stand_in_for_unused():
     for name in UNUSED:
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))  # PyTorch asks for the spec
+
+
+def main(script, output, flags):
+    stand_in_for_unused()
     module, record = RECORDERS[os.path.basename(script)]
     recorded = {}
     record(importlib.import_module(module), recorded)

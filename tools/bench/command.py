@@ -51,6 +51,7 @@ def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, .
     SPECS are presets or .toml files. A backend that does not conform with the float64 reference, on this spec and
     with these threads, gets no time. Exit status: 0 all were timed, 1 some do not conform or fail.
     """
+    from conformance.case import under
     from spec.errors import InputError
     from spec.threads import thread_count
     from tools.bench.plan import MODES, Effort, Judged, make_groups
@@ -59,7 +60,7 @@ def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, .
         raise InputError("dlrm bench", "a preset or a .toml file", "none", "for example: dlrm bench tiny")
     loaded = [load(name, max_rows) for name in specs]
     if optimizer:
-        loaded = [spec.with_optimizer(optimizer, spec.optimizer.learning_rate) for spec in loaded]
+        loaded = [under(spec, optimizer) for spec in loaded]
     groups = make_groups(loaded, modes or MODES, batch_sizes, threads or (thread_count(),), sweep)
     ok = run(groups, backends, Effort(rounds, seconds, iterations), Judged(judge_rows, judge_samples), baseline, data,
              seed, profile, ceilings, json_path)

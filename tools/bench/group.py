@@ -6,6 +6,7 @@ since the caches hold what the one before left there. The others are idle meanwh
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -90,7 +91,9 @@ def run_group(group: Group, backends: Mapping[str, Backend], effort: Effort, jud
         loaded: dict[str, tuple[WorkerProcess | None, Timing]] = {}
         for name, backend in backends.items():
             process = stack.enter_context(WorkerProcess(backend.name, group.threads)) if name in here else None
-            loaded[name] = process, _load(group, name, backend, process, share, judged, seed, progress)
+            loaded[name] = process, (
+                load_worker(group, name, backend, process, share, judged, seed, progress) if process else
+                _missing(backend))
         for setting in group.settings:
             where = f"{group.spec.name}, {setting.mode}, batch {setting.batch_size}"
             contestants = []
@@ -110,17 +113,22 @@ def run_group(group: Group, backends: Mapping[str, Backend], effort: Effort, jud
             yield Result(group, setting, share.work(setting), [each.timing for each in contestants], idle)
 
 
-def _load(group: Group, name: str, backend: Backend, process: WorkerProcess | None, share: Share, judged: Judged,
-          seed: int, progress: Progress) -> Timing:
-    """Judge the backend and load the model into its process. "timed": it may be."""
-    if process is None:
-        state = backend.available()
-        return Timing(backend.name, "missing", state.reason, state.remedy)
+def _missing(backend: Backend) -> Timing:
+    state = backend.available()
+    return Timing(backend.name, "missing", state.reason, state.remedy)
+
+
+def load_worker(group: Group, name: str, backend: Backend, process: WorkerProcess, share: Share, judged: Judged | None,
+                seed: int, progress: Progress) -> Timing:
+    """Judge the backend, load the model into its process, and verify a prediction. "timed": it may be.
+
+    Without `judged` the prediction alone is held against the reference.
+    """
     timing = Timing(backend.name)
     spec, sizes = group.spec, sorted({setting.batch_size for setting in group.settings})
     training = backend.trains and any(setting.mode == "training" for setting in group.settings)
     with _blamed(timing):
-        for size in dict.fromkeys(min(size, judged.samples) for size in sizes):
+        for size in dict.fromkeys(min(size, judged.samples) for size in sizes) if judged else ():
             progress(f"{spec.name}: judging {backend.name}")
             timing.verdict = process.ask("judge", backend=name, spec=_plain(spec.capped(judged.rows)),
                                          batch_size=size, training=training, seed=seed)
@@ -171,12 +179,13 @@ def _turn(mode: str, batches: list[str], contestant: Contestant, others: Sequenc
     """Adds a round to the contestant's timing; the processor time of the others is returned."""
     processes = [each.process for each in (contestant, *others)]
     before = [process.processor_seconds() for process in processes]
+    start = time.perf_counter()
     seconds = contestant.process.ask("run", mode=mode, batches=batches,
                                      iterations=1 + contestant.timing.iterations)["seconds"]
-    used, *waited = (process.processor_seconds() - start for process, start in zip(processes, before, strict=True))
+    contestant.wall += time.perf_counter() - start
+    used, *waited = (process.processor_seconds() - since for process, since in zip(processes, before, strict=True))
     contestant.timing.rounds.append(statistics.median(seconds[1:]))
     contestant.used += used
-    contestant.wall += sum(seconds)
     return sum(waited)
 
 

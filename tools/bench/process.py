@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from typing import Any, Self
 from spec.errors import EngineError
 from spec.threads import VARIABLE
 
+WORKER = (sys.executable, "-m", "tools.bench.worker")
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -23,17 +25,17 @@ class WorkerProcess:
 
     Args:
         name: of the backend, for errors.
-        module: what to run; it must speak worker.py's protocol.
+        command: what to run; it must speak worker.py's protocol.
         environment: more variables for it.
     """
 
-    def __init__(self, name: str, threads: int, module: str = "tools.bench.worker",
+    def __init__(self, name: str, threads: int, command: Sequence[str] = WORKER,
                  environment: dict[str, str] | None = None) -> None:
         self.name = name
         self._busy = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         variables = os.environ | {VARIABLE: str(threads), "MKL_NUM_THREADS": str(threads)} | (environment or {})
-        self._process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE,
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, stderr=self._log, text=True, env=variables)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,8 @@
 """`dlrm bench`: groups, ceilings, a progress bar, and reports."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,8 @@ def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: J
         check_writable(json_path)
     machine = describe_machine() | {"load_before": load_average(), "date": now()}
     results, limits = [], []
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
+    with bar() as tell:
         for group in groups:
-            def tell(what: str) -> None:
-                progress.update(task, description=what)
             if ceilings:
                 limits.append(_ceiling(group, limits, tell))
             results += run_group(group, backends, effort, judged, source, seed, profile, tell)
@@ -80,8 +78,11 @@ def _ceiling(group: Group, known: Sequence[dict[str, Any]], tell: Any) -> dict[s
         what: max(library.get(what, 0.0) for library in libraries) for what in ("gemm", "gather")}
 
 
-def _progress() -> Progress:
-    """Drawn on stderr, and only where that is a terminal."""
+@contextmanager
+def bar() -> Iterator[Callable[[str], None]]:
+    """Says what is being done, on stderr, and only where that is a terminal."""
     console = Console(stderr=True)
-    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
-                    transient=True, disable=not console.is_terminal)
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
+                  transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what: progress.update(task, description=what)
