@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from dlrm_caffe2.engine import NetEngine
-from dlrm_caffe2.model import constants, gradient_net, predict_net, presorted_train_net, trace_blobs
+from dlrm_caffe2.model import constants, gradient_net, predict_net, presorted_train_net, trace_blobs, train_net
 from dlrm_caffe2.optimizer import needs_distinct_rows
 from dlrm_caffe2.presorted import sorted_lookups
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
@@ -48,6 +48,7 @@ class NetModel:
         self._engine = engine
         self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
         self._trace_blobs = trace_blobs(spec)
+        self._train_net = presorted_train_net if engine.presorts or needs_distinct_rows(spec) else train_net
         try:
             engine.feed(parameters | constants(spec) | initial_state(spec))
         except BaseException:
@@ -62,7 +63,7 @@ class NetModel:
         return {name: blobs[self._trace_blobs[name]] for name in trace_names(self.spec)}
 
     def train_step(self, batch: Batch) -> float:
-        return float(self._run(presorted_train_net, batch, ["loss"])["loss"])
+        return float(self._run(self._train_net, batch, ["loss"])["loss"])
 
     def parameters(self) -> Arrays:
         return self._engine.fetch(tuple(parameter_shapes(self.spec)))
@@ -75,7 +76,7 @@ class NetModel:
         if not training:
             return self._engine.profile(*self._prepare(predict_net, batch))
         before = self._engine.fetch((*trained_parameters(self.spec), *state_shapes(self.spec)))
-        name, feeds = self._prepare(presorted_train_net, batch)
+        name, feeds = self._prepare(self._train_net, batch)
         seconds = self._engine.profile(name, feeds)
         self._engine.feed(before)
         return seconds
@@ -91,7 +92,7 @@ class NetModel:
         """The name of the net, kept from now on, and what to feed it."""
         batch.validate(self.spec)
         arrays = batch.arrays()
-        if make is presorted_train_net and needs_distinct_rows(self.spec):
+        if make is presorted_train_net:
             arrays |= sorted_lookups(self.spec, batch)
         if make not in self._nets:
             net = make(self.spec)

@@ -11,7 +11,7 @@ import numpy as np
 from dlrm_caffe2.gradient import add_gradients
 from dlrm_caffe2.net import DATA_TYPES, make_operator, outside_blobs
 from dlrm_caffe2.operators.record import INT32, Slice
-from dlrm_caffe2.optimizer import needs_distinct_rows, optimizer_constants, update_operators
+from dlrm_caffe2.optimizer import optimizer_constants, update_operators
 from dlrm_caffe2.presorted import sum_by_row
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 from spec.errors import InputError
@@ -70,9 +70,7 @@ def train_net(spec: ModelSpec) -> NetDef:
 
 
 def presorted_train_net(spec: ModelSpec) -> NetDef:
-    """The same step. Where it needs distinct rows it reads `presorted.sorted_lookups` instead of finding them."""
-    if not needs_distinct_rows(spec):
-        return train_net(spec)
+    """The same step, with the rows distinct: it reads `presorted.sorted_lookups` instead of finding them."""
     net, gradients = _differentiated(spec)
     operators, gradients = sum_by_row(spec, net.op, gradients)
     operators += update_operators(spec, gradients, distinct=True)

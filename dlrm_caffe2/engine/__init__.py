@@ -17,6 +17,9 @@ class NetEngine(Protocol):
 
     threads: int
 
+    presorts: bool
+    """Whether SGD, too, is faster with the lookups of a batch sorted beforehand (`presorted.sorted_lookups`)."""
+
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
         """Create or overwrite blobs (copied)."""
 

@@ -36,6 +36,8 @@ class AtenEngine:
     and nothing tests that they do.
     """
 
+    presorts = False
+
     def __init__(self, device: str = "cpu") -> None:
         import torch
 

@@ -48,6 +48,8 @@ class Caffe2Engine:
     Raises EngineError where it is not installed or does not start.
     """
 
+    presorts = False
+
     def __init__(self, threads: int | None = None, venv: Path | None = None) -> None:
         if venv is None:
             venv = check_installed()

@@ -13,6 +13,7 @@ import numpy as np
 from dlrm_caffe2.check import check_net
 from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.onnx.axes import Axes, value_types
+from dlrm_caffe2.onnx.sparse import return_rows, sparse_updates
 from dlrm_caffe2.onnx.versions import single_assignment
 from dlrm_caffe2.operators import Node, record
 from dlrm_caffe2.operators.lowering import DOMAIN, OPSET, onnx_type
@@ -31,7 +32,8 @@ NODE_NAME = r"([A-Za-z0-9]+)#\d+"
 
 def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str, Axes],
                outputs: Sequence[str] | None = None, sizes: Mapping[str, int] | None = None,
-               stored: Mapping[str, tuple[str, int]] | None = None) -> "onnx.ModelProto":
+               stored: Mapping[str, tuple[str, int]] | None = None,
+               by_rows: Collection[str] = ()) -> "onnx.ModelProto":
     """A net as an ONNX model.
 
     Args:
@@ -41,6 +43,8 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
         sizes: an example of the named sizes, where not all that have different names may differ from each other.
             The sizes of intermediate values are then left open.
         stored: of the initializers that a file holds, for the model to refer to: its path, and where in it each begins.
+        by_rows: outputs to return as `sparse.Rows`, the rows that change alone. Those that one operator updates have
+            to be here together, and be among `sparse.sparse_updates`.
 
     Raises EngineError for a net that cannot run (see check.check_net) or whose types do not fit together, and
     InputError for one that ONNX cannot express, since an operator has no lowering.
@@ -49,13 +53,24 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
     from onnx import helper
 
     used = outside_blobs(net.op)
-    nodes, last = single_assignment(check_exportable(net, inputs.keys() | blobs.keys()), used)
+    plain = check_exportable(net, inputs.keys() | blobs.keys())
+    nodes, last = single_assignment(plain, used)
     types = value_types(net, nodes, blobs, inputs, sizes)
+    outputs = net.external_output if outputs is None else outputs
+    returned = {blob: (last.get(blob, blob),) for blob in outputs}
+    if by_rows:
+        updates = {blob: rows for blob, rows in sparse_updates(plain).items() if blob in by_rows}
+        returned |= updates
+        nodes = [return_rows(node, [updates[blob] for blob in old.outputs]) if old.outputs[0] in updates else node
+                 for old, node in zip(plain, nodes, strict=True)]
+        for blob, (rows, values) in updates.items():
+            types[rows] = Axes(np.dtype(np.int64), ("",))
+            types[values] = Axes(types[blob].dtype, ("", *types[blob].shape[1:]))
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]
     initializers = [_initializer(name, array, (stored or {}).get(name))
                     for name, array in blobs.items() if name in used]
-    outputs = [last.get(name, name) for name in (net.external_output if outputs is None else outputs)]
+    outputs = list(dict.fromkeys(name for blob in outputs for name in returned[blob]))
     produced = [name for node in nodes for name in node.outputs]
     graph = helper.make_graph(
         calls, net.name,

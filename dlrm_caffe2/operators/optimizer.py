@@ -144,6 +144,7 @@ def _scatter_onnx(node: Node, ranks: Sequence[int]) -> str:
     """, variant=["rank", *ranks, *(["rows"] if len(node.outputs) == 2 else [])])
 
 
+SPARSE_UPDATES = ("ScatterWeightedSum", "SparseAdagrad", "RowWiseSparseAdagrad")
 _UPDATED = {False: ["Y"], True: ["rows", "values"]}
 """What a sparse update returns: the whole table or, with one output more than Caffe2's, the rows that changed alone."""
 

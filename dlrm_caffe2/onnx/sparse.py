@@ -1,0 +1,61 @@
+"""Updates of tables by rows: returned as rows alone, or written over the table itself."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from dlrm_caffe2.operators import Node
+from dlrm_caffe2.operators.optimizer import SPARSE_UPDATES
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class Rows(NamedTuple):
+    """The names of values: which rows of a blob an update changes, int64 [U], none twice, and what they become."""
+
+    rows: str
+    values: str
+
+
+def sparse_updates(nodes: Sequence[Node]) -> dict[str, Rows]:
+    """Blobs of which one operator of a net updates rows, and no other writes them or reads what became of them."""
+    writes = Counter(blob for node in nodes for blob in node.outputs)
+    found, read = {}, set()
+    for node in reversed(nodes):
+        if node.type in SPARSE_UPDATES and all(writes[blob] == 1 and blob not in read for blob in node.outputs):
+            rows = f"{node.outputs[0]}.new_rows"
+            found |= {blob: Rows(rows, f"{blob}.new_values") for blob in node.outputs}
+        read.update(node.inputs)
+    return found
+
+
+def return_rows(node: Node, updates: Sequence[Rows]) -> Node:
+    """A sparse update that returns rows alone; see operators/optimizer.py."""
+    return replace(node, outputs=(updates[0].rows, *(update.values for update in updates)))
+
+
+def may_overwrite(flat: "onnx.ModelProto", blob: str, updated: str) -> bool:
+    """Whether an inlined model can be given one memory for an input and for the output that it has become: a
+    ScatterND of the one makes the other, after everything else that reads the input."""
+    makers = {name: node for node in flat.graph.node for name in node.output}
+    last = makers[updated]
+    if last.op_type != "ScatterND" or last.input[0] != blob:
+        return False
+    needed, pending = set(), [*last.input]
+    while pending:
+        name = pending.pop()
+        if name in makers and name not in needed:
+            needed.update(makers[name].output)
+            pending += _read(makers[name])
+    return all(needed.intersection(node.output) for node in flat.graph.node if node is not last and blob in _read(node))
+
+
+def _read(node: "onnx.NodeProto") -> Iterator[str]:
+    """What a node reads, also within its own graphs."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read(inner)
+        yield from (value.name for value in attribute.g.output)
