@@ -16,10 +16,14 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         for backend in case["backends"]:
             _print_reason(backend, console)
         for pair in case["pairs"]:
-            if not pair["conforms"]:
+            if not pair["elements"]:
+                console.print(f"{pair['first']} against {pair['second']}: nothing to compare", soft_wrap=True)
+            elif not pair["conforms"]:
                 console.print(f"{pair['first']} against {pair['second']}: {pair['tensor']} differs by "
                               f"{_number(pair['worst'])} of what both may be off", soft_wrap=True)
         console.print()
+    for entry in report["xfail"]["entries"]:
+        _print_expected(entry, console)
     verdict = "conforms" if report["conforms"] else "does not conform"
     console.print(Text(verdict, style="bold green" if report["conforms"] else "bold red"))
 
@@ -46,8 +50,10 @@ def _table(case: dict[str, Any]) -> Table:
 
 
 def _status(backend: dict[str, Any]) -> str:
-    forward_only = " (forward)" if backend["status"] == "conforms" and not backend["trains"] else ""
-    return backend["status"] + forward_only
+    expected = sum(bool(v["xfail"]) for section in backend["sections"] for v in section["tensors"])
+    limits = (["forward"] if backend["status"] == "conforms" and not backend["trains"] else []) + (
+        [f"{expected} xfail"] if expected else [])
+    return backend["status"] + (f" ({', '.join(limits)})" if limits else "")
 
 
 def _print_reason(backend: dict[str, Any], console: Console) -> None:
@@ -56,6 +62,19 @@ def _print_reason(backend: dict[str, Any], console: Console) -> None:
                       soft_wrap=True)
     elif backend["status"] == "fails":
         console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
+
+
+def _print_expected(entry: dict[str, Any], console: Console) -> None:
+    scope = ", ".join(entry[key] for key in ("preset", "phase", "optimizer") if entry[key] != "*")
+    where = f"{entry['backend']}, {entry['tensor']}" + (f" ({scope})" if scope else "")
+    if entry["failed"]:
+        console.print(f"xfail: {where}: {len(entry['failed'])} of {len(entry['matched'])} comparisons do not conform, "
+                      f"as expected: {entry['reason']}", soft_wrap=True)
+    elif entry["passes"]:
+        console.print(f"XPASS: {where}: all {len(entry['matched'])} comparisons conform; remove the entry ("
+                      f"{entry['reason']})", soft_wrap=True)
+    else:
+        console.print(f"xfail: {where}: nothing that was judged matches ({entry['reason']})", soft_wrap=True)
 
 
 def _number(value: float | str) -> str:

@@ -6,12 +6,13 @@ from conformance.bundle import RESULTS, Bundle
 from conformance.case import Case
 from conformance.judge import judge_results
 from conformance.run import BackendResult, CaseResult, Section
+from conformance.xfail import ExpectedFailures
 from spec import toml
 from spec.batch import Batch
 from spec.tensors import batch_names
 
 
-def run_bundle(bundle: Bundle, names: Sequence[str] = ()) -> CaseResult:
+def run_bundle(bundle: Bundle, names: Sequence[str] = (), expected: ExpectedFailures | None = None) -> CaseResult:
     """Judge `results/NAME` for these names, or for every folder there is. Raises InputError where there is none."""
     folders = [bundle.folder / RESULTS / name for name in names] or bundle.result_folders()
     cases = {case["optimizer"]: case for case in bundle.manifest["cases"]}
@@ -21,8 +22,9 @@ def run_bundle(bundle: Bundle, names: Sequence[str] = ()) -> CaseResult:
         sections = [Section(optimizer, cases[optimizer]["step"], cases[optimizer].get("learning_rate"), verdicts,
                             cases[optimizer].get("undecided", {}))
                     for optimizer, verdicts in judgement.sections.items()]
-        results.append(BackendResult(judgement.name, "conforms" if judgement.conforms else "fails",
-                                     engine="results in files", sections=sections))
+        result = BackendResult(judgement.name, "fails", engine="results in files", sections=sections)
+        result.conclude(bundle.manifest["spec"], expected or ExpectedFailures())
+        results.append(result)
     return CaseResult(_case(bundle), results, [])
 
 

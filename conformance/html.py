@@ -19,7 +19,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
     environment = Environment(loader=PackageLoader("conformance", "."), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=_number, cell=_cell, at=_at, detail=_detail, pair_detail=_pair_detail,
-                               ledger=matrix.ledger)
+                               ledger=matrix.ledger, expected_failures=_expected_failures)
     edges = report["histogram_edges"]
     page = environment.get_template("report.html.j2").render(
         report=report, bins=_bins(edges), suspicious=matrix.SUSPICIOUS, names=_backend_names(report),
@@ -49,7 +49,17 @@ def _bars(backend: dict[str, Any]) -> list[tuple[int, float]]:
 def _failures(backend: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(where, verdict) of what does not conform, in the order of computation."""
     return [(section["optimizer"] or verdict["phase"], verdict) for section in backend["sections"]
-            for verdict in section["tensors"] if not verdict["conforms"]]
+            for verdict in section["tensors"] if matrix.fails(verdict)]
+
+
+def _expected_failures(backend: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(backend, reason, tensors) of what was expected not to conform, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for section in backend["sections"]:
+        for verdict in section["tensors"]:
+            if verdict["xfail"]:
+                reasons.setdefault(verdict["xfail"], []).append(verdict["tensor"])
+    return [(backend["backend"], reason, tensors) for reason, tensors in reasons.items()]
 
 
 def _first_failure(report: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -83,13 +93,14 @@ def _at(verdict: dict[str, Any]) -> str:
 
 def _detail(verdict: dict[str, Any]) -> str:
     """What hovering over a cell shows, one line each; the page's script lays it out."""
+    expected = [f"expected\t{verdict['xfail']}"] if verdict["xfail"] else []
     if verdict["problem"]:
-        return f"{verdict['tensor']}\n{verdict['problem']}"
+        return "\n".join([verdict["tensor"], verdict["problem"], *expected])
     lines = [_at(verdict), f"value\t{float(verdict['value']):.9g}", f"expected\t{float(verdict['reference']):.9g}",
              f"bound\t± {float(verdict['bound']):.2g}", f"error / bound\t{float(verdict['worst']):.3g}"]
     if verdict["step"]:
         lines.append(f"step\t{verdict['step']}")
-    return "\n".join([*lines, f"elements\t{verdict['elements']:,}"])
+    return "\n".join([*lines, f"elements\t{verdict['elements']:,}", *expected])
 
 
 def _pair_detail(pair: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Row:
 
     @property
     def conforms(self) -> bool:
-        return all(verdict["conforms"] for verdict in self.verdicts.values())
+        return not any(fails(verdict) for verdict in self.verdicts.values())
 
     @property
     def _all(self) -> list[Verdict]:
@@ -62,10 +62,16 @@ class Panel:
         return all(row.conforms for row in self.rows)
 
 
+def fails(verdict: Verdict) -> bool:
+    """It does not conform, and nobody expected that."""
+    return not verdict["conforms"] and not verdict["xfail"]
+
+
 def level(verdict: Verdict, edges: list[float]) -> str:
-    """CSS class: "none" (nothing to compare), "exact" (no error, and none allowed), "fail", or "r{i}", a bin."""
+    """CSS class: "none" (nothing to compare), "exact" (no error, and none allowed), "fail", "xfail" (a failure that
+    was expected), or "r{i}", a bin."""
     if not verdict["conforms"]:
-        return "fail"
+        return "fail" if fails(verdict) else "xfail"
     if not verdict["elements"]:
         return "none"
     worst = float(verdict["worst"])
@@ -150,7 +156,7 @@ def _without_number(name: str) -> str:
 
 
 def _worst(verdicts: Iterable[Verdict]) -> Verdict:
-    return max(verdicts, key=lambda v: (not v["conforms"], bool(v["problem"]), float(v["worst"]),
+    return max(verdicts, key=lambda v: (fails(v), not v["conforms"], bool(v["problem"]), float(v["worst"]),
                                         float(v["tightness"])))
 
 
@@ -198,7 +204,7 @@ def ledger(backend: dict[str, Any]) -> Ledger:
     inexact = sum(float(verdict["tightness"]) > 0 for verdict in judged)
     return Ledger(
         backend["backend"], len(verdicts), backend["elements"],
-        sum(not verdict["conforms"] for verdict in verdicts), len(judged) - inexact, inexact,
+        sum(map(fails, verdicts)), len(judged) - inexact, inexact,
         [(where, verdict) for where, verdict in found if is_suspicious(verdict)],
         [(where, verdict) for where, verdict in found if is_vacuous(verdict)],
         max((float(verdict["tightness"]) for verdict in verdicts), default=0.0),

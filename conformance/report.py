@@ -10,6 +10,7 @@ from typing import Any
 from conformance.plain import plain
 from conformance.run import BackendResult, CaseResult
 from conformance.verdict import RATIO_EDGES, TensorVerdict
+from conformance.xfail import ExpectedFailures
 from spec.files import write_text
 from spec.rounding import C, U
 
@@ -17,15 +18,18 @@ FORMAT = 1
 """Version of report.json. It rises when a reader would have to change."""
 
 
-def as_dict(results: list[CaseResult]) -> dict[str, Any]:
-    """The whole run; numbers that JSON lacks (inf, nan) become strings."""
+def as_dict(results: list[CaseResult], expected: ExpectedFailures | None = None) -> dict[str, Any]:
+    """The whole run; numbers that JSON lacks (inf, nan) become strings. `expected`: as it was given to the run."""
+    expected = expected or ExpectedFailures()
     return plain({
         "format": FORMAT,
         "product": f"dlrm-parity {version('dlrm-parity')}",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "conforms": bool(results) and all(result.conforms for result in results),
+        "conforms": bool(results) and all(result.conforms for result in results) and not expected.broken,
         "bound": {"c": C, "u": U, "rule": "|error| <= c * sqrt(variance)"},
         "histogram_edges": RATIO_EDGES,
+        "xfail": {"strict": expected.strict,
+                  "entries": [asdict(entry) | {"passes": entry.passes} for entry in expected.entries]},
         "cases": [_case(result) for result in results],
     })
 

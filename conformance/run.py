@@ -8,6 +8,7 @@ import numpy as np
 
 from conformance.case import Case
 from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, ratio, unfit
+from conformance.xfail import ExpectedFailures
 from spec.backend import Backend, Model
 from spec.errors import EngineError
 from spec.model import ModelSpec
@@ -57,11 +58,20 @@ class BackendResult:
 
     @property
     def worst(self) -> TensorVerdict | None:
-        """The first tensor, in the order of computation, that does not conform; else the one nearest its bound."""
-        failing = [verdict for verdict in self.verdicts if not verdict.conforms]
+        """The first tensor, in the order of computation, that fails; else, of those that conform, the one nearest
+        its bound."""
+        failing = [verdict for verdict in self.verdicts if verdict.fails]
         if failing:
             return failing[0]
-        return max(self.verdicts, key=lambda verdict: verdict.worst, default=None)
+        conforming = [verdict for verdict in self.verdicts if verdict.conforms]
+        return max(conforming or self.verdicts, key=lambda verdict: verdict.worst, default=None)
+
+    def conclude(self, preset: str, expected: ExpectedFailures) -> None:
+        """Mark what was expected to fail; the status. Something must have been compared, and conform."""
+        for section in self.sections:
+            expected.mark(preset, self.backend, section.optimizer, section.tensors)
+        compared = any(verdict.conforms and verdict.elements for verdict in self.verdicts)
+        self.status = "conforms" if compared and not any(verdict.fails for verdict in self.verdicts) else "fails"
 
 
 @dataclass
@@ -95,7 +105,7 @@ class CaseResult:
 
 
 def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
-             progress: Progress = lambda message: None) -> CaseResult:
+             progress: Progress = lambda message: None, expected: ExpectedFailures | None = None) -> CaseResult:
     """Every backend in turn, then every pair of them. `progress` is told what is about to run, once a step.
 
     Raises EngineError, naming the backend, where an engine fails or dies: that is no verdict on anything.
@@ -110,11 +120,12 @@ def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
         result = BackendResult(backend.name, "fails", trains=backend.trains)
         results.append(result)
         try:
-            traces[backend.name] = _run_backend(case, backend, device, result, progress)
+            trace = _run_backend(case, backend, device, result, progress)
         except EngineError as error:
             raise EngineError(f"{backend.name}: {error}") from None
-        if result.elements and all(verdict.conforms for verdict in result.verdicts):
-            result.status = "conforms"
+        result.conclude(case.spec.name, expected or ExpectedFailures())
+        known_wrong = {verdict.tensor for verdict in result.sections[0].tensors if verdict.xfail}
+        traces[backend.name] = {name: tensor for name, tensor in trace.items() if name not in known_wrong}
     pairs = [_compare_pair(case, (a, traces[a]), (b, traces[b])) for a, b in itertools.combinations(traces, 2)]
     return CaseResult(case, results, pairs)
 

@@ -32,6 +32,7 @@ class TensorVerdict:
             was. None where the null result is the right one.
         histogram: elements by error / bound, see RATIO_EDGES.
         problem: why there is nothing to compare: missing, wrong shape, wrong dtype.
+        xfail: why it was expected not to conform, where it was and does not (`conformance.xfail`).
     """
 
     tensor: str
@@ -47,10 +48,16 @@ class TensorVerdict:
     null_ratio: float | None = None
     histogram: list[int] = field(default_factory=lambda: [0] * (len(RATIO_EDGES) + 1))
     problem: str = ""
+    xfail: str = ""
 
     @property
     def conforms(self) -> bool:
         return not self.problem and self.worst <= 1
+
+    @property
+    def fails(self) -> bool:
+        """It does not conform, and nobody expected that."""
+        return not self.conforms and not self.xfail
 
     def merge(self, later: "TensorVerdict") -> "TensorVerdict":
         """The same tensor at another step: the worse of the two, over the elements of both."""

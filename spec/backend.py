@@ -1,9 +1,12 @@
 """The Backend protocol: all that an implementation of DLRM must be able to do.
 
-A backend is an object (a module attribute) registered under the entry-point group `dlrm.backends`.
-The training loop, the benchmark and the conformance suite are written once against it.
+A backend is an object (a module attribute) registered under the entry-point group `dlrm.backends`, or named as
+`module:attribute`. The training loop, the benchmark and the conformance suite are written once against it.
+How to write one: conformance/PORTING.md; a file to start from: conformance/template_backend.py.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -94,7 +97,8 @@ def backend_names() -> tuple[str, ...]:
 
 
 def load_backend(name: str) -> Backend:
-    """The backend registered as `name`, or `module:attribute`. Raises InputError for an unknown one."""
+    """The backend registered as `name`, or `module:attribute`, which may lie in the current folder. Raises InputError
+    for an unknown one."""
     if ":" in name:
         return _import_backend(name)
     for entry in entry_points(group=GROUP):
@@ -106,6 +110,8 @@ def load_backend(name: str) -> Backend:
 
 def _import_backend(path: str) -> Backend:
     module, _, attribute = path.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # a console script, unlike `python -m`, does not look there
     try:
         backend = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

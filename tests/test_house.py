@@ -35,6 +35,7 @@ PUBLIC = {
     "conformance.bundle_writer": {"make_bundle_case", "bundle_bytes", "write_bundle"},
     "conformance.judge": {"Judgement", "judge_results", "as_dict", "main"},
     "conformance.foreign": {"run_bundle"},
+    "conformance.xfail": {"Entry", "ExpectedFailures", "load_expected_failures"},
 }
 """What users may rely on. A name that goes, or comes, is a change of the product: say so in the CHANGELOG."""
 

@@ -87,7 +87,8 @@ def spec_schema() -> None:
     "dlrm conform tiny",
     "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report",
     "dlrm conform tiny --write-bundle bundle",
-    "dlrm conform --bundle bundle"))
+    "dlrm conform --bundle bundle",
+    "dlrm conform --template my_port.py"))
 @click.argument("specs", nargs=-1)
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
               help="A backend to run, by name or as module:attribute; repeat for several.  [default: every registered "
@@ -107,13 +108,19 @@ def spec_schema() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where backends run; never tried on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report as JSON to this file.")
+@click.option("--xfail", type=click.Path(path_type=Path), metavar="FILE",
+              help="TOML of [[xfail]] entries: backend, tensor, reason, and optionally preset, phase, optimizer. What "
+                   "they match may fail; see conformance/PORTING.md.")
+@click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
+              help="Run nothing: write a backend to start a port from; see conformance/PORTING.md.")
 @click.option("--write-bundle", type=click.Path(path_type=Path), metavar="DIR",
               help="Run nothing: write the case of one spec as files, for programs that no Python reaches.")
 @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR",
               help="Run nothing: judge the results in DIR/results; --backend names those to judge.")
 def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
-            json_path: Path | None, write_bundle: Path | None, bundle: Path | None) -> None:
+            json_path: Path | None, xfail: Path | None, template: Path | None, write_bundle: Path | None,
+            bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
     SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
@@ -121,16 +128,21 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
 
     A port that Python cannot call is judged by files: --write-bundle, then --bundle.
     """
-    if bool(specs) == bool(bundle):
-        raise click.UsageError("name SPECS, or --bundle DIR" if not specs else "--bundle DIR has a spec of its own")
+    if [bool(specs), bool(bundle), bool(template)].count(True) != 1:
+        raise click.UsageError("name SPECS, or --bundle DIR, or --template FILE, and only one of them")
+    if template:
+        _reject("--template", backends, optimizers, steps, batch_size, max_rows, out, json_path, xfail, write_bundle)
+        from tools.template import write_template
+        click.echo(write_template(template))
+        return
     if bundle:
         _reject("--bundle", optimizers, steps, batch_size, max_rows, write_bundle)
         from tools.bundle import judge
-        raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path) else 1)
+        raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path, xfail) else 1)
     loaded = [_load(name, max_rows) for name in specs]
     optimizers = optimizers or OPTIMIZERS
     if write_bundle:
-        _reject("--write-bundle", backends, out, json_path, specs[1:])
+        _reject("--write-bundle", backends, out, json_path, xfail, specs[1:])
         from tools.bundle import write
         write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
         return
@@ -138,12 +150,14 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
     wait_without_spinning()
     from tools.conform import run
     ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
-             json_path)
+             json_path, xfail)
     raise click.exceptions.Exit(0 if ok else 1)
 
 
 def _reject(option: str, *others: object) -> None:
-    takes = {"--bundle": "--backend, --out and --json alone", "--write-bundle": "one spec, no backend and no report"}
+    takes = {"--template": "no other option",
+             "--bundle": "--backend, --xfail, --out and --json alone",
+             "--write-bundle": "one spec, no backend and no report"}
     if any(other not in (None, ()) for other in others):
         raise click.UsageError(f"{option} takes {takes[option]}")
 

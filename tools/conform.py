@@ -12,6 +12,7 @@ from conformance.case import make_case
 from conformance.console import print_report
 from conformance.html import write_html
 from conformance.run import CaseResult, run_case, steps_to_run
+from conformance.xfail import ExpectedFailures, load_expected_failures
 from spec.backend import backend_names, load_backend
 from spec.errors import InputError
 from spec.files import check_writable
@@ -19,12 +20,14 @@ from spec.model import ModelSpec
 
 
 def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[str], steps: int,
-        batch_size: int | None, source: str, seed: int, device: str, out: Path | None, json_path: Path | None) -> bool:
+        batch_size: int | None, source: str, seed: int, device: str, out: Path | None, json_path: Path | None,
+        xfail: Path | None) -> bool:
     """Run everything, print and write the reports; True when all that ran conforms.
 
     Raises InputError for bad data, an unknown backend, one asked for by name that is not installed, and an
     output that can't be written, all before anything runs.
     """
+    expected = load_expected_failures(xfail) if xfail else None
     backends = [load_backend(name) for name in names or backend_names()]
     for backend in backends if names else ():
         availability = backend.available()
@@ -39,8 +42,8 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
         for case in cases:
             def advance(message: str, name: str = case.spec.name) -> None:
                 progress.update(task, advance=1, description=f"{name}: {message}")
-            results.append(run_case(case, backends, device, advance))
-    return write_reports(results, out, json_path)
+            results.append(run_case(case, backends, device, advance, expected))
+    return write_reports(results, out, json_path, expected)
 
 
 def check_outputs(out: Path | None, json_path: Path | None) -> None:
@@ -50,9 +53,10 @@ def check_outputs(out: Path | None, json_path: Path | None) -> None:
             check_writable(path)
 
 
-def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Path | None) -> bool:
+def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Path | None,
+                  expected: ExpectedFailures | None) -> bool:
     """Print the report, write it where asked for; whether it conforms."""
-    report = reports.as_dict(list(results))
+    report = reports.as_dict(list(results), expected)
     if json_path:
         reports.write_json(report, json_path)
     if out:
