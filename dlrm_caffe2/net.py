@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from dlrm_caffe2.proto.caffe2_pb2 import Argument, NetDef, OperatorDef, TensorProto
@@ -65,18 +66,31 @@ def outside_blobs(operators: Iterable[OperatorDef]) -> tuple[str, ...]:
 
 
 def read_net(path: Path) -> NetDef:
-    """Parse a .pb file. Raises InputError where it is missing, corrupted or holds no operator."""
+    """Parse a file, serialized or in protobuf's text format. Raises InputError where it is missing, corrupted or holds
+    no operator."""
     try:
-        net = NetDef.FromString(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(str(path), "a readable NetDef file", error.strerror, "check the path") from None
+    try:
+        net = NetDef.FromString(content)
     except DecodeError as error:
-        raise InputError(str(path), "a serialized caffe2 NetDef", f"bytes that do not parse ({error})",
-                         "export it again") from None
+        net = _parsed(path, content, error)
     if not net.op or any(not operator.type for operator in net.op):
         raise InputError(str(path), "a NetDef with operators, each with a type", f"{len(net.op)} operators",
                          "is it another kind of file?")
     return net
+
+
+def _parsed(path: Path, content: bytes, error: DecodeError) -> NetDef:
+    try:
+        return text_format.Parse(content.decode("ascii"), NetDef())
+    except UnicodeDecodeError:
+        raise InputError(str(path), "a serialized caffe2 NetDef", f"bytes that do not parse ({error})",
+                         "export it again") from None
+    except text_format.ParseError as problem:
+        raise InputError(str(path), "a caffe2 NetDef, serialized or as text", f"text that does not parse ({problem})",
+                         "mend it, or export it again") from None
 
 
 def write_net(net: NetDef, path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -62,10 +62,14 @@ def write(path: Path, types: Mapping[str, ArrayType], make: Callable[[str], np.n
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array = make(name)
-            assert (array.dtype, array.shape) == types[name], name
-            np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tofile(file)
+            _append(file, make(name), types[name])
     return read(path)
+
+
+def _append(file: BinaryIO, array: np.ndarray, type: ArrayType) -> None:
+    """A function of its own, so that one array is gone before the next is made."""
+    assert (array.dtype, array.shape) == type, f"expected {type}, found {array.dtype}{array.shape}"
+    np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tofile(file)
 
 
 def read(path: Path) -> TensorFile:

@@ -124,6 +124,8 @@ _SHAPE = [
     refused("another dimension differs", "Concat", [f32(2, 3), f32(3, 3)], 2, axis=1),
     refused("axis outside", "Concat", [f32(2, 3), f32(2, 3)], 2, axis=2),
     refused("one output", "Concat", [f32(2, 3)], 1, axis=1),
+    refused("an axis and an order", "Concat", [f32(2, 3), f32(2, 3)], 2, axis=1, order="NCHW"),
+    refused("order NHWC", "Concat", [f32(2, 3), f32(2, 3)], 2, order="NHWC"),
     refused("vectors, default axis", "Concat", [f32(2), f32(3)], 2),
     refused("shapes differ, new axis", "Concat", [f32(2, 3), f32(2, 4)], 2, axis=1, add_axis=1),
     refused_here("ranks differ", "Concat", [f32(2, 3), f32(2)], 2, axis=1),

@@ -267,6 +267,22 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     assert "not both" in invoke("export", "tiny", "--out", tmp_path, "--parameters", stored, "--seed", 1).output
 
 
+def test_any_net_leaves_caffe2(tmp_path):
+    assert invoke("export", "tiny", "--out", tmp_path, "--format", "netdef").exit_code == 0
+    net, init = tmp_path / "predict_net.pb", tmp_path / "init_net.pb"
+    arguments = ["export", "--netdef", net, "--init", init, "--out", tmp_path]
+    assert "undetermined: 'tables.0.indices' (int32 or int64, rank 1)" in refused(*arguments)
+    result = invoke(*arguments, "--input", "*.indices=int64", "--input", "dense=float32[B,5]")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[:2] == [str(tmp_path / "predict_net.onnx"), str(tmp_path / "predict_net.inlined.onnx")]
+    assert "input tables.0.lengths=int32[B]" in lines and lines[-1] == "output probability=float32[B,1]"
+    for bad in (["tiny"], ["--seed", 0], ["--format", "onnx"]):
+        assert invoke(*arguments, *bad).exit_code == 2
+    assert invoke("export", "--out", tmp_path).exit_code == 2
+    assert invoke("export", "tiny", "--init", "init_net.pb", "--out", tmp_path).exit_code == 2
+
+
 def test_output_is_plain_where_it_is_no_terminal():
     run = subprocess.run([DLRM, "conform", "tiny", "--backend", "torch", "--steps", "1"], capture_output=True,
                          text=True, env=os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning"})

@@ -164,28 +164,56 @@ def _reject(option: str, *others: object) -> None:
 
 @main.command(epilog=_example(
     "dlrm export criteo-kaggle --max-rows 1000 --out exported",
-    "dlrm export paper-benchmark --format onnx --parameters exported/trained.safetensors --out exported"))
-@click.argument("name")
+    "dlrm export paper-benchmark --format onnx --parameters exported/trained.safetensors --out exported",
+    "dlrm export --netdef predict_net.pb --init init_net.pb --input '*_ids=int64' --out exported"))
+@click.argument("name", required=False)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the parameters.  [default: 0]")
 @click.option("--parameters", "file", type=click.Path(path_type=Path), metavar="FILE",
-              help="A .safetensors of the parameters, under the spec's names, instead of a seed. Where it lies in the "
-                   "folder to write to, the ONNX files refer to it.")
+              help="A .safetensors of the parameters, under the spec's names, instead of a seed (of blobs, for "
+                   "--netdef). Where it lies in the folder to write to, the ONNX files refer to it.")
 @click.option("--external-data", is_flag=True,
               help="Write the parameters to model.safetensors, to which the ONNX files refer. They always do above 1 "
                    "GiB.")
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
               help="What to write; repeat for several.  [default: netdef, onnx]")
-def export(name: str, out: Path, max_rows: int | None, seed: int | None, file: Path | None, external_data: bool,
-           formats: tuple[str, ...]) -> None:
-    """Write a model as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict and train, with
-    functions and inlined), and as ONNX of the PyTorch modules (torch-onnx)."""
-    from tools.export import run
+@click.option("--netdef", type=click.Path(path_type=Path), metavar="FILE",
+              help="Instead of a model, any Caffe2 net: its file, serialized or as text.")
+@click.option("--init", type=click.Path(path_type=Path), metavar="FILE", help="The net that makes its parameters.")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=TYPE[SIZES]",
+              help="What an input of the net is, where its operators do not imply it: dense=float32[B,13], "
+                   "'*_ids=int64[?]', label=int32. NAME may be a pattern; a size that is a name, or ?, may differ from "
+                   "run to run. Repeat for several.")
+@click.option("--output", "outputs", multiple=True, metavar="NAME",
+              help="A blob to return; repeat for several.  [default: the net's external outputs or, where it has none, "
+                   "all that no operator reads]")
+def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, file: Path | None, external_data: bool,
+           formats: tuple[str, ...], netdef: Path | None, init: Path | None, inputs: tuple[str, ...],
+           outputs: tuple[str, ...]) -> None:
+    """Write a model in other formats.
+
+    NAME, a preset or a .toml file, is written as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict
+    and train, with functions and inlined), and as ONNX of the PyTorch modules (torch-onnx).
+
+    Any other Caffe2 net (--netdef) is written as ONNX, with functions and inlined. What a training net updates is an
+    input of the model, with the value that --init gives it as its default, and NAME.new among the outputs.
+    """
+    from tools.export import convert, run
+    of_model, of_net = (max_rows, seed is not None, external_data, formats), (init, inputs, outputs)
+    if (name is None) == (netdef is None):
+        raise click.UsageError("name a model, or give a net with --netdef")
+    if any(of_net if name else of_model):
+        raise click.UsageError("--init, --input and --output are for --netdef; --max-rows, --seed, --external-data and "
+                               "--format for models")
     if seed is not None and file:
         raise click.UsageError("give --seed or --parameters, not both")
-    for path in run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data):
-        click.echo(path)
+    if name:
+        lines = run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data)
+    else:
+        lines = convert(netdef, out, init, file, inputs, outputs)
+    for line in lines:
+        click.echo(line)
 
 
 main.add_command(bench)

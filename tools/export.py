@@ -51,3 +51,11 @@ def run(spec: ModelSpec, folder: Path, seed: int, formats: Sequence[str], file: 
             parameters = source.file.arrays
         paths += exporters[name](spec, parameters, folder, source)
     return list(dict.fromkeys(paths))
+
+
+def convert(netdef: Path, folder: Path, init: Path | None, values: Path | None, inputs: Sequence[str],
+            outputs: Sequence[str]) -> list[str]:
+    """Write any net in a file as ONNX: the paths, and a line on each input and output."""
+    (entry,) = entry_points(group="dlrm.converters", name="netdef")
+    converted = entry.load()(netdef, folder, init, values, inputs, outputs)
+    return [*map(str, converted.paths), *converted.lines]

@@ -46,17 +46,22 @@ def value_types(net: NetDef, nodes: Sequence[Node], blobs: Mapping[str, np.ndarr
 
 
 def _infer(net: NetDef, nodes: Sequence[Node], types: dict[str, TensorType]) -> dict[str, TensorType]:
-    """By the records' rules, and one thing that these cannot know: a Split by lengths that come from a Concat."""
     lengths: dict[str, tuple[int, ...]] = {}
     for number, node in enumerate(nodes):
-        rule = node
-        if node.type == "Split" and node.inputs[-1] in lengths:
-            rule = replace(node, inputs=node.inputs[:1], args={**node.args, "split": lengths[node.inputs[-1]]})
         try:
-            made = record(node.type).infer(rule, [types[name] for name in rule.inputs])
+            types.update(zip(node.outputs, infer_outputs(node, types, lengths), strict=True))
         except OperatorError as error:
             raise EngineError(f"{operator_name(net.name, number, node.type)}: {error}") from error
-        types.update(zip(node.outputs, made, strict=True))
-        if node.type == "Concat":
-            lengths[node.outputs[1]] = piece_lengths(node, [types[name].shape for name in node.inputs])
     return types
+
+
+def infer_outputs(node: Node, types: Mapping[str, TensorType], lengths: dict[str, tuple[int, ...]]) -> list[TensorType]:
+    """By the record's rule, and one thing that this cannot know: a Split by lengths that come from a Concat. Those
+    are kept in `lengths` from node to node. Raises OperatorError."""
+    rule = node
+    if node.type == "Split" and node.inputs[-1] in lengths:
+        rule = replace(node, inputs=node.inputs[:1], args={**node.args, "split": lengths[node.inputs[-1]]})
+    made = record(node.type).infer(rule, [types[name] for name in rule.inputs])
+    if node.type == "Concat":
+        lengths[node.outputs[1]] = piece_lengths(node, [types[name].shape for name in node.inputs])
+    return made

@@ -82,6 +82,12 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
                              opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
 
 
+def add_defaults(model: "onnx.ModelProto", values: Mapping[str, np.ndarray],
+                 stored: Mapping[str, tuple[str, int]]) -> None:
+    """Give inputs of the model values that they have where nothing is fed. `stored`: as for `export_net`."""
+    model.graph.initializer.extend(_initializer(name, array, stored.get(name)) for name, array in values.items())
+
+
 def check_exportable(net: NetDef, blobs: Collection[str]) -> list[Node]:
     """check.check_net, and what ONNX asks for besides; raises what `export_net` does."""
     nodes = check_net(net, blobs)

@@ -427,6 +427,8 @@ _ITER = """
 _ADAGRAD = {"epsilon": Arg("f", 1e-5), "weight_decay": Arg("f", 0.0)}
 _DECAY = {"decay": Arg("f", 1.0)}
 _BOTH = {0: 0, 1: 1}
+_MISSPELT = ("decay_", "weight_decay_")
+"""So facebookresearch/dlrm writes the arguments, and Caffe2 reads its defaults."""
 
 OPERATORS = [
     Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten,
@@ -437,11 +439,11 @@ OPERATORS = [
     Operator("UnsortedSegmentSum", (2, 2), (1, 1), _segment_infer, _segment_aten, {"num_segments": Arg("i", -1)},
              onnx=_segment_onnx),
     Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, _ADAGRAD | _DECAY,
-             onnx=_adagrad_onnx),
+             onnx=_adagrad_onnx, ignored=_MISSPELT),
     Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
-             _ADAGRAD | _DECAY, onnx=_sparse_adagrad_onnx, in_place=_BOTH),
+             _ADAGRAD | _DECAY, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
     Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),
-             _ADAGRAD, onnx=_sparse_adagrad_onnx, in_place=_BOTH),
+             _ADAGRAD, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
     Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient,
              onnx=simple("N", _ITER), in_place={0: 0}),
     Operator("LearningRate", (1, 1), (1, 1), _rate_infer, _rate_aten,

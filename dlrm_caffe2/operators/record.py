@@ -4,7 +4,7 @@ The validity check, `gradient.py`, the engines, the exporter and the operator te
 A module of this folder holds one family of operators and lists its records in OPERATORS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from dlrm_caffe2.proto.caffe2_pb2 import OperatorDef
 FLOAT = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 INT64 = np.dtype(np.int64)
+
+HELPERS = frozenset({"order", "use_cudnn", "cudnn_exhaustive_search"})
+"""Arguments that Caffe2's Python helpers (brew, CNNModelHelper) put on operators that do not read them."""
 
 
 class OperatorError(ValueError):
@@ -111,6 +114,7 @@ class Operator:
     Attributes:
         inputs, outputs: least and greatest number of them.
         args: its arguments by name; others are an error here, though Caffe2 ignores them silently.
+        ignored: arguments that Caffe2 ignores and that nets in circulation have, besides HELPERS.
         in_place: {output position: input position} of outputs that must be the very same blob.
         infer, gradient, aten, onnx: see the aliases above; gradient None means not differentiable,
             onnx None means not exported.
@@ -125,6 +129,7 @@ class Operator:
     gradient: MakeGradient | None = None
     onnx: Onnx | None = None
     in_place: Mapping[int, int] = field(default_factory=dict)
+    ignored: Collection[str] = ()
 
     def node(self, definition: OperatorDef) -> Node:
         """Read and check a definition. Raises OperatorError as Caffe2's schema check would."""
@@ -136,6 +141,8 @@ class Operator:
                          f"output {output} must be the blob of input {source}: it is updated in place")
         given: dict[str, Any] = {}
         for argument in definition.arg:
+            if argument.name in self.ignored or argument.name in HELPERS - self.args.keys():
+                continue
             node.require(argument.name in self.args,
                          f"expected only the arguments {sorted(self.args)}, found '{argument.name}'")
             node.require(argument.name not in given, f"argument '{argument.name}' is given twice")

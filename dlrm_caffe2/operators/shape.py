@@ -42,6 +42,8 @@ from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS
 def _axis(node: Node, rank: int) -> int:
     """The axis to join or split along, in a tensor of this rank. Caffe2's default is 1, the channels of NCHW."""
     axis = node.args["axis"]
+    node.require(not {"axis", "order"} <= node.given.keys(), "give an axis or an order, not both")
+    node.require(node.args["order"] == "NCHW", f"expected order NCHW, found {node.args['order']}; give an axis")
     node.require(-rank <= axis < rank, f"axis {axis} is outside a tensor of rank {rank}")
     return axis % rank
 
@@ -379,7 +381,7 @@ _VECTOR = """
 """
 
 # Split's arguments reach Concat as its gradient, which ignores `split`; and Flatten's reach ResizeLike.
-_JOIN = {"axis": Arg("i", 1), "add_axis": Arg("i", 0), "split": Arg("ints", ())}
+_JOIN = {"axis": Arg("i", 1), "add_axis": Arg("i", 0), "split": Arg("ints", ()), "order": Arg("s", "NCHW")}
 _FLATTEN = {"axis": Arg("i", 1)}
 
 OPERATORS = [
