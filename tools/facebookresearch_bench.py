@@ -138,7 +138,8 @@ def run_duel(duel: Duel, max_rows: int | None, threads: int, effort: Effort, che
     return {"spec": spec.name, "capped": spec.is_capped, "optimizer": duel.optimizer, "batch_size": duel.batch_size,
             "load": load, "idle": idle,
             "timings": {name: {"status": timing.status, "reason": timing.reason, "engine": timing.engine,
-                               "rounds": timing.rounds, "memory": timing.memory, "cores": timing.cores}
+                               "rounds": timing.rounds, "others": timing.others, "memory": timing.memory,
+                               "cores": timing.cores}
                         for name, timing in timings.items()},
             "targets": [_outcome(target, timings) for target in duel.targets]}
 
@@ -180,7 +181,7 @@ def print_duel(duel: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{duel['spec']}{' (capped)' if duel['capped'] else ''}, training with {duel['optimizer']}, "
                         f"batch {duel['batch_size']}; load average {duel['load']:.1f}, idle processes took "
                         f"{duel['idle']:.1%}", title_justify="left")
-    for column in ("contestant", "ms", "quartiles", "cores", "MiB"):
+    for column in ("contestant", "ms", "quartiles", "cores", "others", "MiB"):
         table.add_column(column, justify="left" if column == "contestant" else "right")
     for name, timing in duel["timings"].items():
         if not timing["rounds"]:
@@ -188,7 +189,7 @@ def print_duel(duel: Mapping[str, Any], console: Console) -> None:
             continue
         median, low, high = spread(timing["rounds"])
         table.add_row(name, milliseconds(median), f"{milliseconds(low)}-{milliseconds(high)}", f"{timing['cores']:.1f}",
-                      f"{timing['memory'] / 2**20:,.0f}")
+                      f"{spread(timing['others']).value:.0%}", f"{timing['memory'] / 2**20:,.0f}")
     console.print(table)
     for target in duel["targets"]:
         if target["ratio"] is None:
@@ -207,10 +208,12 @@ def print_duel(duel: Mapping[str, Any], console: Console) -> None:
 @click.option("--max-rows", type=click.IntRange(min=1), help="Cap every table at this many rows.")
 @click.option("--rounds", type=click.IntRange(min=2), default=15, show_default=True)
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="That a turn is meant to take.")
+@click.option("--patience", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Seconds that a turn may wait for other programs to be quiet.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of everyone.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file.")
-def main(checkout: Path, names: Sequence[str], max_rows: int | None, rounds: int, seconds: float, threads: int | None,
-         json_path: Path | None) -> None:
+def main(checkout: Path, names: Sequence[str], max_rows: int | None, rounds: int, seconds: float, patience: float,
+         threads: int | None, json_path: Path | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     duels = []
     try:
@@ -219,8 +222,9 @@ def main(checkout: Path, names: Sequence[str], max_rows: int | None, rounds: int
         pythons = interpreters(checkout)
         with bar() as tell:
             for name in names or DUELS:
-                duels.append(run_duel(DUELS[name], max_rows, threads or thread_count(), Effort(rounds, seconds),
-                                      checkout, pythons, tell))
+                effort = Effort(rounds, seconds, patience=patience)
+                duels.append(run_duel(DUELS[name], max_rows, threads or thread_count(), effort, checkout, pythons,
+                                      tell))
                 print_duel(duels[-1], console)
         if json_path:
             content = {"machine": describe_machine(), "date": now(), "duels": duels}

@@ -10,7 +10,8 @@ from tools.common import OPTIMIZERS, example, load
 @click.command(epilog=example(
     "dlrm bench paper-benchmark criteo-kaggle --json bench.json",
     "dlrm bench rmc1 --max-rows 100000 --mode training --batch-size 128 --batch-size 512 --threads 1 --threads 2",
-    "dlrm bench paper-benchmark --max-rows 100000 --sweep batch"))
+    "dlrm bench paper-benchmark --max-rows 100000 --sweep batch --html batch.html",
+    "dlrm bench --compare before.json after.json --threshold 0.1"))
 @click.argument("specs", nargs=-1)
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
               help="A backend to time; repeat for several.  [default: every registered one]")
@@ -30,6 +31,8 @@ from tools.common import OPTIMIZERS, example, load
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=0.5, show_default=True,
               help="That a turn is meant to take.")
 @click.option("--iterations", type=click.IntRange(min=1), help="Of a turn.  [default: as many as fit its seconds]")
+@click.option("--patience", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="SECONDS",
+              help="That a turn may wait for other programs to be quiet, or be repeated where they were not.")
 @click.option("--data", default="random", show_default=True, metavar="SOURCE",
               help="random, criteo:FILE (a Criteo TSV) or npz:FILE (arrays under the spec's names).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
@@ -41,11 +44,17 @@ from tools.common import OPTIMIZERS, example, load
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Break the time down by operator.")
 @click.option("--ceilings/--no-ceilings", default=True, show_default=True,
               help="Measure what the machine can do, and the distance from it.")
+@click.option("--compare", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json",
+              help="Time nothing: say what is slower in B than in A. Exit status 1 where something is.")
+@click.option("--threshold", type=click.FloatRange(min=0), default=0.05, show_default=True,
+              help="Of --compare: what is slower by less is not told.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write one page with plots to this file.")
 def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, ...], batch_sizes: tuple[int, ...],
           threads: tuple[int, ...], optimizer: str | None, max_rows: int | None, sweep: str | None,
-          baseline: str | None, rounds: int, seconds: float, iterations: int | None, data: str, seed: int,
-          judge_rows: int, judge_samples: int, profile: bool, ceilings: bool, json_path: Path | None) -> None:
+          baseline: str | None, rounds: int, seconds: float, iterations: int | None, patience: float, data: str,
+          seed: int, judge_rows: int, judge_samples: int, profile: bool, ceilings: bool,
+          compare: tuple[Path, Path] | None, threshold: float, json_path: Path | None, html_path: Path | None) -> None:
     """Time backends against each other, one process each, turn by turn.
 
     SPECS are presets or .toml files. A backend that does not conform with the float64 reference, on this spec and
@@ -55,13 +64,16 @@ def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, .
     from spec.errors import InputError
     from spec.threads import thread_count
     from tools.bench.plan import MODES, Effort, Judged, make_groups
-    from tools.bench.run import run
+    from tools.bench.run import run, run_comparison
+    if compare:
+        raise click.exceptions.Exit(1 if run_comparison(*compare, threshold) else 0)
     if not specs:
         raise InputError("dlrm bench", "a preset or a .toml file", "none", "for example: dlrm bench tiny")
     loaded = [load(name, max_rows) for name in specs]
     if optimizer:
         loaded = [under(spec, optimizer) for spec in loaded]
     groups = make_groups(loaded, modes or MODES, batch_sizes, threads or (thread_count(),), sweep)
-    ok = run(groups, backends, Effort(rounds, seconds, iterations), Judged(judge_rows, judge_samples), baseline, data,
-             seed, profile, ceilings, json_path)
+    effort = Effort(rounds, seconds, iterations, patience=patience)
+    ok = run(groups, backends, effort, Judged(judge_rows, judge_samples), baseline, data, seed, profile, ceilings,
+             json_path, html_path)
     raise click.exceptions.Exit(0 if ok else 1)

@@ -7,6 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.bench.operators import TITLES
+from tools.bench.plots import Curves, growth_plots
+from tools.bench.quiet import DISTURBED
 from tools.bench.report import Report
 
 
@@ -19,8 +21,11 @@ def print_report(report: Report, console: Console) -> None:
                 remedy = f"; {backend['remedy']}" if backend["remedy"] else ""
                 console.print(f"{backend['backend']}: {backend['status']}: {backend['reason']}{remedy}",
                               soft_wrap=True)
-        if any(backend["breakdown"] for backend in result["backends"]):
+        if not result["point"] and any(backend["breakdown"] for backend in result["backends"]):
             console.print(_breakdown(result))
+        console.print()
+    for plot in growth_plots([result for result in report["results"] if result["point"]]):
+        console.print(_growth(plot))
         console.print()
     console.print(Text(_footnote(report)), soft_wrap=True)
 
@@ -29,7 +34,8 @@ def title(result: dict[str, Any]) -> str:
     """"paper-benchmark, training with sgd, batch 2048, 2 threads"."""
     how = f"training with {result['optimizer']}" if result["mode"] == "training" else result["mode"]
     capped = f" (capped: {result['rows']:,} of {result['published_rows']:,} rows)" if result["capped"] else ""
-    point = f", {result['point']['axis']} {result['point']['value']:g}" if result["point"] else ""
+    point = result["point"] or {"axis": "batch"}
+    point = "" if point["axis"] == "batch" else f", {point['axis']} {point['value']:g}"
     return (f"{result['spec']}{capped}{point}, {how}, batch {result['batch_size']}, "
             f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}")
 
@@ -38,11 +44,11 @@ def _table(result: dict[str, Any], baseline: str) -> Table:
     table = Table(title=title(result), title_justify="left", title_style="bold")
     table.add_column("backend")
     for name in ("ms", "quartiles", "samples/s", f"ratio to {baseline}", "95 % interval", "over floor", "cores",
-                 "memory"):
+                 "others", "memory"):
         table.add_column(name, justify="right")
     for backend in result["backends"]:
         table.add_row(backend["backend"], *(_numbers(backend) if backend["status"] == "timed" else
-                                            [Text(backend["status"], style="yellow"), *[""] * 7]))
+                                            [Text(backend["status"], style="yellow"), *[""] * 8]))
     if result["floor"]:
         table.add_section()
         table.add_row("floor", milliseconds(result["floor"]))
@@ -57,7 +63,7 @@ def _numbers(backend: dict[str, Any]) -> list[str]:
             f"{ratio[1]:.2f}-{ratio[2]:.2f}" if ratio else "",
             f"{backend['over_floor']:,.{2 if backend['over_floor'] < 100 else 0}f}" if backend["over_floor"] else "",
             f"{backend['cores']:.1f}",
-            f"{backend['memory'] / 2**20:,.0f} MiB"]
+            f"{backend['disturbed']:.0%}", f"{backend['memory'] / 2**20:,.0f} MiB"]
 
 
 def _breakdown(result: dict[str, Any]) -> Table:
@@ -75,11 +81,33 @@ def _breakdown(result: dict[str, Any]) -> Table:
     return table
 
 
+def _growth(plot: Curves) -> Table:
+    """How the times of a sweep grow."""
+    table = Table(title=f"{plot.title}: growth with {plot.unit}", title_justify="left", title_style="bold")
+    table.add_column("backend")
+    for name in ("exponent", "fixed ms", "farthest from a line"):
+        table.add_column(name, justify="right")
+    for curve in plot.curves:
+        if curve.growth:
+            table.add_row(curve.name, f"{curve.growth.exponent:.2f}", f"{curve.growth.fixed * 1e3:,.3g}",
+                          f"{curve.growth.deviation:.0%}")
+    return table
+
+
 def _footnote(report: Report) -> str:
     machine, options = report["machine"], report["options"]
     return (f"{machine['cpu']}, {machine['cores']} cores; load average {machine['load_before']:.1f} before, "
             f"{machine['load_after']:.1f} after; {options['rounds']} rounds, interleaved; medians, quartiles over the "
-            "rounds, and the bootstrap interval of the ratio of medians")
+            "rounds, and the bootstrap interval of the ratio of medians. cores: processor time over time. others: the "
+            "share of all cores that other programs took" + _warning(report))
+
+
+def _warning(report: Report) -> str:
+    shares = [backend["disturbed"] for result in report["results"] for backend in result["backends"]
+              if backend["status"] == "timed"]
+    if max(shares, default=0) < DISTURBED:
+        return ""
+    return f"\nWARNING: other programs took up to {max(shares):.0%} of the cores; wait, or use --patience"
 
 
 def milliseconds(seconds: float) -> str:

@@ -20,6 +20,7 @@ from spec.model import ModelSpec
 from tools.bench.floor import Work
 from tools.bench.plan import Effort, Group, Judged, Setting, check_room
 from tools.bench.process import WorkerProcess
+from tools.bench.quiet import DISTURBED, Meter, wait_until_quiet
 from tools.bench.share import Share
 
 Progress = Callable[[str], None]
@@ -34,6 +35,7 @@ class Timing:
         reason, remedy: in words, where it is not timed.
         rounds: seconds of an iteration, the median of each round.
         iterations: of a turn.
+        others: the share of all cores that other programs took, in each round.
         cores: processor time over time, within turns.
         memory: resident bytes of the worker, and of the engine's own processes, at their highest in the rounds.
         operators: seconds by the keys of `Model.profile`.
@@ -46,6 +48,7 @@ class Timing:
     engine: str = ""
     verdict: dict[str, Any] | None = None
     rounds: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     iterations: int = 0
     cores: float = 0.0
     memory: int = 0
@@ -166,7 +169,8 @@ def run_rounds(mode: str, batches: list[str], contestants: Sequence[Contestant],
         for contestant in order.sample(turns, len(turns)):
             progress(contestant.timing.backend)
             with _blamed(contestant.timing):
-                idle += _turn(mode, batches, contestant, [other for other in turns if other is not contestant])
+                idle += _turn(mode, batches, contestant, [other for other in turns if other is not contestant],
+                              effort.patience)
     for contestant in contestants:
         if contestant.running:
             contestant.timing.cores = contestant.used / contestant.wall
@@ -175,17 +179,28 @@ def run_rounds(mode: str, batches: list[str], contestants: Sequence[Contestant],
     return idle / wall if wall else 0.0
 
 
-def _turn(mode: str, batches: list[str], contestant: Contestant, others: Sequence[Contestant]) -> float:
-    """Adds a round to the contestant's timing; the processor time of the others is returned."""
-    processes = [each.process for each in (contestant, *others)]
-    before = [process.processor_seconds() for process in processes]
-    start = time.perf_counter()
-    seconds = contestant.process.ask("run", mode=mode, batches=batches,
-                                     iterations=1 + contestant.timing.iterations)["seconds"]
-    contestant.wall += time.perf_counter() - start
-    used, *waited = (process.processor_seconds() - since for process, since in zip(processes, before, strict=True))
+def _turn(mode: str, batches: list[str], contestant: Contestant, waiting: Sequence[Contestant],
+          patience: float) -> float:
+    """Adds a round to the contestant's timing; the processor time of those who wait is returned."""
+    processes = [each.process for each in (contestant, *waiting)]
+
+    def used() -> list[float]:
+        return [process.processor_seconds() for process in processes]
+
+    while True:
+        patience = wait_until_quiet(lambda: sum(used()), patience)
+        before, start, meter = used(), time.perf_counter(), Meter(lambda: sum(used()))
+        seconds = contestant.process.ask("run", mode=mode, batches=batches,
+                                         iterations=1 + contestant.timing.iterations)["seconds"]
+        wall, others = time.perf_counter() - start, meter.others()
+        if others < DISTURBED or patience < wall:
+            break
+        patience -= wall
+    own, *waited = (after - since for after, since in zip(used(), before, strict=True))
     contestant.timing.rounds.append(statistics.median(seconds[1:]))
-    contestant.used += used
+    contestant.timing.others.append(others)
+    contestant.used += own
+    contestant.wall += wall
     return sum(waited)
 
 
@@ -204,6 +219,7 @@ def _blamed(timing: Timing) -> Iterator[None]:
     except EngineError as error:
         timing.status, timing.reason = "fails", str(error)
         timing.rounds.clear()
+        timing.others.clear()
 
 
 def _plain(spec: ModelSpec) -> dict[str, Any]:

@@ -48,12 +48,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run. `seconds` is what one backend's turn in a round is meant to take; `iterations` overrules it."""
+    """How much is run.
+
+    Attributes:
+        seconds: what one backend's turn in a round is meant to take; `iterations` overrules it.
+        patience: seconds that a turn may wait for other programs to be quiet, and be repeated where they were not.
+    """
 
     rounds: int = 15
     seconds: float = 0.5
     iterations: int | None = None
     distinct_batches: int = 4
+    patience: float = 0.0
 
     def turn(self, seconds: float) -> int:
         """Iterations of a turn, where one takes so long."""

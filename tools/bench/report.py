@@ -69,10 +69,12 @@ def _floor(result: Result, ceilings: Sequence[Mapping[str, Any]]) -> float | Non
 
 def _backend(timing: Timing, batch_size: int, baseline: Sequence[float], floor: float | None) -> dict[str, Any]:
     content = asdict(timing) | {"breakdown": None, "unmapped": [], "median": None, "quartiles": None, "ratio": None,
-                                "samples_per_second": None, "over_floor": None}
+                                "samples_per_second": None, "over_floor": None,
+                                "disturbed": None}
     if timing.status != "timed":
         return content
     median, low, high = spread(timing.rounds)
+    content["disturbed"] = spread(timing.others).value
     content |= {"median": median, "quartiles": [low, high], "samples_per_second": batch_size / median}
     if baseline:
         content["ratio"] = list(paired_ratio(timing.rounds, baseline))

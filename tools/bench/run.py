@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -15,23 +16,27 @@ from spec.errors import EngineError, InputError
 from spec.files import check_writable
 from tools.bench import report as reports
 from tools.bench.ceilings import ceiling_names, table_rows
+from tools.bench.checking import VERIFIED
+from tools.bench.compare import check_comparable, compare, print_changes
 from tools.bench.console import print_report
 from tools.bench.group import run_group
+from tools.bench.html import write_html
 from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged
 from tools.bench.process import WorkerProcess
 
 
 def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: Judged, baseline: str | None,
-        source: str, seed: int, profile: bool, ceilings: bool, json_path: Path | None) -> bool:
+        source: str, seed: int, profile: bool, ceilings: bool, json_path: Path | None,
+        html_path: Path | None) -> bool:
     """Measure, print and write. True where every backend that was asked for by name, or is here, was timed.
 
     Raises InputError for bad data, an unknown backend or baseline, no room, and an output that can't be written.
     """
     backends = {name: load_backend(name) for name in names or backend_names()}
     baseline = _baseline(baseline, backends)
-    if json_path:
-        check_writable(json_path)
+    for path in filter(None, (json_path, html_path)):
+        check_writable(path)
     machine = describe_machine() | {"load_before": load_average(), "date": now()}
     results, limits = [], []
     with bar() as tell:
@@ -40,12 +45,28 @@ def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: J
                 limits.append(_ceiling(group, limits, tell))
             results += run_group(group, backends, effort, judged, source, seed, profile, tell)
     machine["load_after"] = load_average()
-    options = asdict(effort) | {"judged": asdict(judged), "data": source, "seed": seed}
+    options = asdict(effort) | {"judged": asdict(judged), "data": source, "seed": seed, "verified": VERIFIED}
     report = reports.as_dict(results, baseline, machine, options, limits)
     if json_path:
         reports.write_json(report, json_path)
-    print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
+    if html_path:
+        write_html(report, html_path)
+    print_report(report, _console())
     return not any(timing.status in ("does not conform", "fails") for result in results for timing in result.timings)
+
+
+def run_comparison(before: Path, after: Path, threshold: float) -> bool:
+    """Print what has changed; True where something is slower. Raises InputError for what cannot be compared."""
+    reports_read = reports.read_json(before), reports.read_json(after)
+    for warning in check_comparable(*reports_read, (str(before), str(after))):
+        click.echo(f"warning: {warning}", err=True)
+    changes = compare(*reports_read, threshold)
+    print_changes(changes, threshold, _console())
+    return any(change.regressed for change in changes)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
 
 
 def _baseline(name: str | None, backends: dict[str, Backend]) -> str:
