@@ -242,10 +242,14 @@ def engine_status(json_path: Path | None) -> None:
     print_status(json_path)
 
 
-@engine.command("check", epilog=_example("dlrm engine check models/predict_net.pb"))
+@engine.command("check", epilog=_example("dlrm engine check models/predict_net.pb models/model.onnx"))
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 def engine_check(paths: tuple[Path, ...]) -> None:
-    """Check NetDef files: that they parse, that every operator is known and well defined, and its inputs exist."""
+    """Check net files before they are run.
+
+    NetDefs: that they parse, that every operator is known and well defined, and its inputs exist. Files that end in
+    .onnx: that they parse, that their external data is there, that ONNX allows the model, and ONNX Runtime takes it.
+    """
     from tools.engine import check_file
     for path in paths:
         click.echo(f"{path}: {check_file(path)}")

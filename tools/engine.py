@@ -23,8 +23,9 @@ def _caffe2() -> ModuleType:
 
 
 def check_file(path: Path) -> str:
-    """One line on a net file that could run. Raises InputError or EngineError, naming the path, for any other."""
-    (entry,) = entry_points(group="dlrm.checkers", name="netdef")
+    """One line on a NetDef or an .onnx file that could run. Raises InputError or EngineError, naming the path, for any
+    other."""
+    (entry,) = entry_points(group="dlrm.checkers", name="onnx" if path.suffix == ".onnx" else "netdef")
     try:
         return entry.load()(path)
     except EngineError as error:
