@@ -15,9 +15,11 @@ CONSTANTS = """
 _TILE_ROWS = 16
 
 _TILING = """
-    {to}_padded = Add({sizes}, radix_less_1)
-    {to}_tiles = Div({to}_padded, radix)
-    {to}_bag_starts = CumSum<exclusive = 1>({sizes}, zero)
+    {to}_radix_less_1 = Sub({to}_radix, one)
+    {to}_radix_scalar = Squeeze({to}_radix)
+    {to}_lane = Range(zero, {to}_radix_scalar, one)
+    {to}_padded = Add({sizes}, {to}_radix_less_1)
+    {to}_tiles = Div({to}_padded, {to}_radix)
     {to}_tile_starts = CumSum<exclusive = 1>({to}_tiles, zero)
     {to}_count = ReduceSum({to}_tiles)
     {to}_zeros = ConstantOfShape<value = int64[1] {{0}}>({to}_count)
@@ -31,25 +33,27 @@ _TILING = """
     {to}_tile = Range(zero, {to}_count_scalar, one)
     {to}_first_tile = Gather({to}_tile_starts, {to}_bag)
     {to}_nth_tile = Sub({to}_tile, {to}_first_tile)
-    {to}_offset = Mul({to}_nth_tile, radix)
-    {to}_bag_start = Gather({to}_bag_starts, {to}_bag)
+    {to}_offset = Mul({to}_nth_tile, {to}_radix)
+    {to}_bag_start = Gather({starts}, {to}_bag)
     {to}_start = Add({to}_bag_start, {to}_offset)
     {to}_size = Gather({sizes}, {to}_bag)
     {to}_left = Sub({to}_size, {to}_offset)
     {to}_start_T1 = Unsqueeze({to}_start, axis1)
     {to}_left_T1 = Unsqueeze({to}_left, axis1)
-    {to}_used_TR = Less(lane, {to}_left_T1)
+    {to}_used_TR = Less({to}_lane, {to}_left_T1)
     {to}_last_T1 = Sub({to}_left_T1, one)
-    {to}_lane_TR = Min(lane, {to}_last_T1)
+    {to}_lane_TR = Min({to}_lane, {to}_last_T1)
     {to}_place_TR = Add({to}_start_T1, {to}_lane_TR)
     {to}_all_tiles = Concat<axis = 0>(axis1, {to}_tiles)
-    {to}_most = ReduceMax<keepdims = 0>({to}_all_tiles)
-    {to}_more = Greater({to}_most, one)
+    {to}_most = ReduceMax({to}_all_tiles)
+    {to}_more_1 = Greater({to}_most, one)
+    {to}_more = Squeeze({to}_more_1)
 """
-"""Cuts bags of `sizes` [P] rows, none empty, into `tiles` [P] tiles of `radix` rows, a bag's last one shorter.
+"""Cuts bags of `sizes` [P] rows, none empty, which begin at `starts`, into `tiles` [P] tiles of `radix` [1] rows, a bag's
+last one shorter.
 
 `place` [T, R] says where the rows of each tile are and `used` which of them it has; the others point at its last.
-`more`: some bag has more than one tile.
+`more`: some bag has more than one tile, and `most` [1] is how many.
 """
 
 KEYS = """
@@ -109,39 +113,63 @@ def bag_sums(rows: str, places: str, weights: str | None = None) -> str:
     """`sums` [P, W]: of a matrix of rows, those at the first `sizes`[0] places, those at the next `sizes`[1] and so on.
     No size is 0. `places` [K] and `weights` [K], which each row is multiplied by, are in the order of the bags.
 
-    The sum is a tree: a tile of up to 16 rows is summed by one product with its mask (or weights), and the tiles'
-    sums are the rows of the next turn, until every bag has one row left. Works in proportion to rows + 16 bags,
-    however skewed the bags are. Unused places are multiplied by 0, so that an infinite row may give NaN.
+    A bag of one row is that row. The sum of any other is a tree: a tile of up to 16 rows is summed by one product with
+    its mask (or weights), and the tiles' sums are the rows of the next turn, until every bag has one row left. A tile
+    has at most twice as many rows as the bags have on average, so that the work is in proportion to the rows, however
+    skewed the bags are. Unused places are multiplied by 0, so that an infinite row may give NaN.
     """
-    mask = "mask_TR = Cast<to = 1>(first_used_TR)" if weights is None else f"""
-        nothing = Constant<value_float = 0.0>()
-        weight_TR = Gather({weights}, first_place_TR)
-        mask_TR = Where(first_used_TR, weight_TR, nothing)
-    """
+    mask, once = "mask_TR = Cast<to = 1>(first_used_TR)", "row_of_each = Identity(first_row)"
+    if weights is not None:
+        mask = f"""
+            nothing = Constant<value_float = 0.0>()
+            weight_TR = Gather({weights}, first_place_TR)
+            mask_TR = Where(first_used_TR, weight_TR, nothing)
+        """
+        once = f"""
+            first_weight = Gather({weights}, bag_starts)
+            first_weight_P1 = Unsqueeze(first_weight, axis1)
+            row_of_each = Mul(first_row, first_weight_P1)
+        """
     return f"""
+        bag_starts = CumSum<exclusive = 1>(sizes, zero)
+        first_of_each = Gather({places}, bag_starts)
+        first_row = Gather({rows}, first_of_each)
+        {once}
+        is_several = Greater(sizes, one)
+        several_1S = NonZero(is_several)
+        several = Squeeze(several_1S, axis0)
+        several_S1 = Unsqueeze(several, axis1)
+        several_sizes = Gather(sizes, several)
+        several_starts = Gather(bag_starts, several)
+
         tile_rows = Constant<value_ints = [{_TILE_ROWS}]>()
-        all_sizes = Concat<axis = 0>(axis1, sizes)
-        longest = ReduceMax(all_sizes)
-        radix = Min(longest, tile_rows)
-        radix_less_1 = Sub(radix, one)
-        radix_scalar = Squeeze(radix)
-        lane = Range(zero, radix_scalar, one)
-        {_TILING.format(to="first", sizes="sizes")}
+        sizes_and_1 = Concat<axis = 0>(axis1, several_sizes)
+        longest = ReduceMax(sizes_and_1)
+        total = ReduceSum(sizes_and_1)
+        number = Shape(sizes_and_1)
+        mean = Div(total, number)
+        mean_and_1 = Add(mean, one)
+        twice_mean = Add(mean_and_1, mean_and_1)
+        first_radix = Min(longest, tile_rows, twice_mean)
+        {_TILING.format(to="first", sizes="several_sizes", starts="several_starts")}
         place_TR = Gather({places}, first_place_TR)
         rows_TRW = Gather({rows}, place_TR)
         {mask}
         mask_T1R = Unsqueeze(mask_TR, axis1)
         sum_T1W = MatMul(mask_T1R, rows_TRW)
         first_sums = Squeeze(sum_T1W, axis1)
-        tiles, sums = Loop<body = turn (int64 number, bool going, sizes_in, rows_in)
-                                    => (bool next_more, next_tiles, next_sums) {{
-            {_TILING.format(to="next", sizes="sizes_in")}
+        tiles, most, tree_sums = Loop<body = turn (int64 turn_number, bool going, sizes_in, most_in, rows_in)
+                                          => (bool next_more, next_tiles, next_most, next_sums) {{
+            next_radix = Min(most_in, tile_rows)
+            next_starts = CumSum<exclusive = 1>(sizes_in, zero)
+            {_TILING.format(to="next", sizes="sizes_in", starts="next_starts")}
             next_rows_TRW = Gather(rows_in, next_place_TR)
             next_mask_TR = Cast<to = 1>(next_used_TR)
             next_mask_T1R = Unsqueeze(next_mask_TR, axis1)
             next_sum_T1W = MatMul(next_mask_T1R, next_rows_TRW)
             next_sums = Squeeze(next_sum_T1W, axis1)
-        }}>(, first_more, first_tiles, first_sums)
+        }}>(, first_more, first_tiles, first_most, first_sums)
+        sums = ScatterND(row_of_each, several_S1, tree_sums)
     """
 
 
