@@ -49,8 +49,8 @@ _TILING = """
     {to}_more_1 = Greater({to}_most, one)
     {to}_more = Squeeze({to}_more_1)
 """
-"""Cuts bags of `sizes` [P] rows, none empty, which begin at `starts`, into `tiles` [P] tiles of `radix` [1] rows, a bag's
-last one shorter.
+"""Cuts bags of `sizes` [P] rows, none empty, which begin at `starts`, into `tiles` [P] tiles of `radix` [1] rows; a
+bag's last one is shorter.
 
 `place` [T, R] says where the rows of each tile are and `used` which of them it has; the others point at its last.
 `more`: some bag has more than one tile, and `most` [1] is how many.
