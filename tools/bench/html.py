@@ -22,6 +22,7 @@ def write_html(report: Report, path: Path) -> None:
     names = list(dict.fromkeys(backend["backend"] for result in report["results"] for backend in result["backends"]))
     page = environment.get_template("page.html.j2").render(
         report=report, plots=plots, parts=TITLES, names=names, colour={name: i % 8 for i, name in enumerate(names)},
+        ceilings={(one["threads"], one["rows"], one["width"]): one for one in report["ceilings"]}.values(),
         growth=plots.growth_plots(report["results"]))
     write_text(path, page)
 

@@ -14,8 +14,8 @@ SWEEPS = ("batch", "tables", "rows", "lookups", "width")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of a sweep, each times what the spec has."""
 
-COPIES = 2
-"""Of the parameters that a worker holds while its engine takes them over."""
+IN_PASSING = 2
+"""Copies of the parameters while one worker is loaded; they load one after the other."""
 
 
 class Setting(NamedTuple):
@@ -135,6 +135,7 @@ def _wider(mlp: MLP, factor: float) -> MLP:
 
 def check_room(group: Group, workers: int) -> None:
     """Raise InputError where the workers' copies of the parameters do not fit into memory."""
-    copies = COPIES * workers
-    check_memory(f"spec '{group.spec.name}'", f"{copies} copies of the parameters, {COPIES} for each backend,",
-                 copies * parameter_bytes(group.spec), "cap the tables with --max-rows, or name fewer backends")
+    copies = workers + IN_PASSING
+    check_memory(f"spec '{group.spec.name}'", f"{copies} copies of the parameters, one for each backend and "
+                 f"{IN_PASSING} in passing,", copies * parameter_bytes(group.spec),
+                 "cap the tables with --max-rows, or name fewer backends")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
@@ -25,6 +25,16 @@ from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged
 from tools.bench.process import WorkerProcess
 
+RATES = ("gemm", "gather")
+
+
+class Place(NamedTuple):
+    """What a ceiling depends on: threads, and the table that is gathered from."""
+
+    threads: int
+    rows: int
+    width: int
+
 
 def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: Judged, baseline: str | None,
         source: str, seed: int, profile: bool, ceilings: bool, json_path: Path | None,
@@ -38,12 +48,13 @@ def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: J
     for path in filter(None, (json_path, html_path)):
         check_writable(path)
     machine = describe_machine() | {"load_before": load_average(), "date": now()}
-    results, limits = [], []
+    results, places = [], dict.fromkeys(map(_place, groups)) if ceilings else {}
     with bar() as tell:
+        before = {place: _libraries(place, tell) for place in places}
         for group in groups:
-            if ceilings:
-                limits.append(_ceiling(group, limits, tell))
             results += run_group(group, backends, effort, judged, source, seed, profile, tell)
+        after = {place: _libraries(place, tell) for place in places}
+    limits = [_ceiling(group, (before[_place(group)], after[_place(group)])) for group in groups] if ceilings else []
     machine["load_after"] = load_average()
     options = asdict(effort) | {"judged": asdict(judged), "data": source, "seed": seed, "verified": VERIFIED}
     report = reports.as_dict(results, baseline, machine, options, limits)
@@ -80,23 +91,31 @@ def _baseline(name: str | None, backends: dict[str, Backend]) -> str:
     return name
 
 
-def _ceiling(group: Group, known: Sequence[dict[str, Any]], tell: Any) -> dict[str, Any]:
-    """The best of all libraries at the group's threads, for its widths; measured once for each."""
-    rows = table_rows(max(table.rows for table in group.spec.tables), group.spec.embedding_dim)
-    place = {"threads": group.threads, "rows": rows, "width": group.spec.embedding_dim}
-    for ceiling in known:
-        if place.items() <= ceiling.items():
-            return ceiling | {"spec": group.spec.digest}
+def _place(group: Group) -> Place:
+    spec = group.spec
+    return Place(group.threads, table_rows(max(table.rows for table in spec.tables), spec.embedding_dim),
+                 spec.embedding_dim)
+
+
+def _libraries(place: Place, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What each library reaches there, alone."""
     libraries = []
     for name in ceiling_names():
-        tell(f"ceiling: {name}")
-        with WorkerProcess(name, group.threads) as process:
+        tell(f"ceilings: {name}")
+        with WorkerProcess(name, place.threads) as process:
             try:
-                libraries.append(process.ask("ceiling", name=name, rows=rows, width=group.spec.embedding_dim))
+                libraries.append(process.ask("ceiling", name=name, rows=place.rows, width=place.width))
             except EngineError as error:
                 libraries.append({"library": name, "reason": str(error)})
-    return place | {"spec": group.spec.digest, "libraries": libraries} | {
-        what: max(library.get(what, 0.0) for library in libraries) for what in ("gemm", "gather")}
+    return libraries
+
+
+def _ceiling(group: Group, measured: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The better of what each library reached before and after the rounds, and the best of all."""
+    libraries = [one | {what: max(one[what], other[what]) for what in RATES if what in one and what in other}
+                 for one, other in zip(*measured, strict=True)]
+    return _place(group)._asdict() | {"spec": group.spec.digest, "libraries": libraries} | {
+        what: max(library.get(what, 0.0) for library in libraries) for what in RATES}
 
 
 @contextmanager
