@@ -150,18 +150,27 @@ def test_pytorch_is_recorded_before_each_step():
     assert recorded["1:dense"] == 1 and recorded["1:target"] == 11
 
 
-def test_caffe2_is_recorded_before_each_step():
-    blobs, ran, recorded = {"dense_in": 0}, [], {}
-    workspace = types.SimpleNamespace(RunNet=lambda net: ran.append(net) or True, HasBlob=blobs.__contains__,
+def test_caffe2_is_recorded_before_and_after_each_step():
+    blobs, ran, recorded = {"w": 0, "loss": 0.0}, [], {}
+
+    def run(net):
+        ran.append(net)
+        blobs.update(w=blobs["w"] + 1, loss=0.5)
+        return True
+
+    workspace = types.SimpleNamespace(RunNet=run, CreateNet=lambda net: "created", HasBlob=blobs.__contains__,
                                       FetchBlob=blobs.__getitem__)
     hook.record_caffe2(workspace, recorded)
-    proto = types.SimpleNamespace(external_input=["dense_in", "never_fed"])
+    operator = types.SimpleNamespace(output=["w", "loss", "w_grad"])
+    proto = types.SimpleNamespace(name="DLRM", external_input=["w", "never_fed"], op=[operator],
+                                  SerializeToString=lambda: b"net")
     net = types.SimpleNamespace(Proto=lambda: proto)
-    for step in range(2):
-        blobs["dense_in"] = step
+    assert workspace.CreateNet(net) == "created"
+    assert recorded.pop("net>DLRM").tobytes() == b"net"
+    for _ in range(2):
         assert workspace.RunNet(net)
     assert ran == [net, net]
-    assert recorded == {"0:dense_in": 0, "1:dense_in": 1}
+    assert recorded == {"0:w": 0, "0>w": 1, "0>loss": 0.5, "1:w": 1, "1>w": 2, "1>loss": 0.5}
 
 
 def invoke(*arguments):
