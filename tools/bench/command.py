@@ -58,13 +58,16 @@ def bench(specs: tuple[str, ...], backends: tuple[str, ...], modes: tuple[str, .
     """Time backends against each other, one process each, turn by turn.
 
     SPECS are presets or .toml files. A backend that does not conform with the float64 reference, on this spec and
-    with these threads, gets no time. Exit status: 0 all were timed, 1 some do not conform or fail.
+    with these threads, gets no time. OMP_NUM_THREADS and MKL_NUM_THREADS are --threads; nothing
+    else is set. Exit status: 0 all were timed, 1 some do not conform or fail, 2 the input was bad.
     """
     from conformance.case import under
     from spec.errors import InputError
     from spec.threads import thread_count
     from tools.bench.plan import MODES, Effort, Judged, make_groups
     from tools.bench.run import run, run_comparison
+    if compare and (specs or json_path or html_path):
+        raise click.UsageError("--compare takes two files that were written before, no SPECS, --json or --html")
     if compare:
         raise click.exceptions.Exit(1 if run_comparison(*compare, threshold) else 0)
     if not specs:
