@@ -234,16 +234,19 @@ def test_bad_input_is_one_line(arguments, message):
     assert result.stdout == ""
 
 
-def test_interrupting_ends_every_process_and_writes_nothing(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_every_process_and_writes_nothing(number, status, tmp_path):
+    (tmp_path / "temporary").mkdir()
     process = subprocess.Popen([DLRM, "bench", "tiny", "--backend", "torch", "--rounds", "100000", "--no-ceilings",
-                                "--json", tmp_path / "bench.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                "--json", tmp_path / "bench.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"TMPDIR": str(tmp_path / "temporary")})
     deadline, workers = time.monotonic() + 60, []
     while not workers and time.monotonic() < deadline:
         time.sleep(0.1)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     time.sleep(3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130 and stderr.decode().strip().endswith("dlrm: interrupted")
+    assert process.returncode == status, stderr
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]

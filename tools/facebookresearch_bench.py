@@ -38,7 +38,7 @@ from tools.bench.console import milliseconds
 from tools.bench.group import Contestant, Timing, load_worker, run_rounds
 from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged, Setting, check_room
-from tools.bench.process import WorkerProcess
+from tools.bench.process import WorkerProcess, terminable
 from tools.bench.run import bar
 from tools.bench.share import Share
 from tools.bench.statistics import paired_ratio, spread
@@ -220,7 +220,7 @@ def main(checkout: Path, names: Sequence[str], max_rows: int | None, rounds: int
         if json_path:
             check_writable(json_path)
         pythons = interpreters(checkout)
-        with bar() as tell:
+        with terminable(), bar() as tell:
             for name in names or DUELS:
                 effort = Effort(rounds, seconds, patience=patience)
                 duels.append(run_duel(DUELS[name], max_rows, threads or thread_count(), effort, checkout, pythons,

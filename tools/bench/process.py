@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +99,19 @@ class WorkerProcess:
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         how = f" of signal {-status}" + (", perhaps for its memory: try --max-rows" if status == -9 else "")
         return (how if status < 0 else f" with status {status}") + (f": {lines[-1][:300]}" if lines else "")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within, SIGTERM unwinds like Ctrl-C, so that processes end and folders go."""
+    def unwind(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tree(pid: int) -> list[int]:

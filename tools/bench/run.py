@@ -23,7 +23,7 @@ from tools.bench.group import run_group
 from tools.bench.html import write_html
 from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged
-from tools.bench.process import WorkerProcess
+from tools.bench.process import WorkerProcess, terminable
 
 RATES = ("gemm", "gather")
 
@@ -49,7 +49,7 @@ def run(groups: Sequence[Group], names: Sequence[str], effort: Effort, judged: J
         check_writable(path)
     machine = describe_machine() | {"load_before": load_average(), "date": now()}
     results, places = [], dict.fromkeys(map(_place, groups)) if ceilings else {}
-    with bar() as tell:
+    with terminable(), bar() as tell:
         before = {place: _libraries(place, tell) for place in places}
         for group in groups:
             results += run_group(group, backends, effort, judged, source, seed, profile, tell)
