@@ -53,15 +53,17 @@ def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Sourc
     return [*source.paths(folder), path]
 
 
-def forward_model(spec: ModelSpec, source: str = "not recorded") -> onnx.ModelProto:
+def forward_model(spec: ModelSpec, source: str = "not recorded",
+                  bags: type[EmbeddingBag] | None = None) -> onnx.ModelProto:
     """The model without its parameters, which are initializers that `write_model` adds.
 
     Inputs: dense, and indices and lengths of each table, as in `spec.batch`. Outputs: every activation of
-    `spec.tensors.trace_names` without gradients. `source` is what the metadata says of the parameters. Raises
-    EngineError where PyTorch's exporter fails.
+    `spec.tensors.trace_names` without gradients. `source` is what the metadata says of the parameters; `bags` what to
+    export for the tables, by default a form of them that can do without a loop. Raises EngineError where PyTorch's
+    exporter fails.
     """
     small = spec.capped(1)
-    module = _Traced(small).eval().requires_grad_(False)
+    module = _Traced(small, bags or _Bag).eval().requires_grad_(False)
     batch = torch.export.Dim("B")
     lookups, axes = [], []
     for number, table in enumerate(small.tables):
@@ -134,9 +136,9 @@ class _Bag(EmbeddingBag):
 class _Traced(DLRM):
     """A DLRM with bags that can be exported, which returns all its activations in the order of their names."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, bags: type[EmbeddingBag]) -> None:
         super().__init__(spec)
-        self.tables = nn.ModuleList(_Bag(table, spec.embedding_dim) for table in spec.tables)
+        self.tables = nn.ModuleList(bags(table, spec.embedding_dim) for table in spec.tables)
 
     def forward(self, dense_BD: Tensor, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         seen: dict[str, Tensor] = {}

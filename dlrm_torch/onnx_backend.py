@@ -28,13 +28,17 @@ class TorchOnnxBackend:
 
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> "OnnxModel":
         """Raises EngineError where a package is missing, InputError for a device other than cpu."""
+        self.check(device)
+        from dlrm_torch.onnx_engine import OnnxModel
+        return OnnxModel(spec, parameters)
+
+    def check(self, device: str) -> None:
+        """Raises what `create` does, before anything is loaded."""
         state = self.available()
         if not state.ok:
             raise EngineError(f"backend '{self.name}': {state.reason}; {state.remedy}")
         if device != "cpu":
             raise InputError(f"device '{device}'", "cpu", "another device", "use --device cpu")
-        from dlrm_torch.onnx_engine import OnnxModel
-        return OnnxModel(spec, parameters)
 
 
 BACKEND = TorchOnnxBackend()

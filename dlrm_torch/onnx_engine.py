@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from dlrm_torch.embedding import EmbeddingBag
 from dlrm_torch.export import OPSET, forward_model, write_model
 from spec.backend import PARTS
 from spec.batch import Batch
@@ -25,16 +26,16 @@ _CONTAINERS = ("If", "Loop", "Scan")
 class OnnxModel:
     """One model of `spec.backend.Model`, from files in a temporary folder. Batches are validated before they are used.
 
-    A session is made when it is first used.
+    A session is made when it is first used. `bags`: see `forward_model`.
     """
 
-    def __init__(self, spec: ModelSpec, parameters: Arrays) -> None:
+    def __init__(self, spec: ModelSpec, parameters: Arrays, bags: type[EmbeddingBag] | None = None) -> None:
         check_parameters(spec, parameters)
         self.spec = spec
         self.threads = torch.get_num_threads()
         self.engine = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, exported by PyTorch "
                        f"{torch.__version__}, {self.threads} threads")
-        self._model = forward_model(spec)
+        self._model = forward_model(spec, bags=bags)
         self._folder = tempfile.TemporaryDirectory(prefix="dlrm-torch-onnx-")
         self._source = store(spec, Path(self._folder.name), "a backend's caller", parameters.__getitem__)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
