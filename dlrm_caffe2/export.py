@@ -11,7 +11,7 @@ from dlrm_caffe2.operators.record import FLOAT, INT32, INT64
 from spec.exported import Source, docs, metadata, stored_if_large, title
 from spec.files import write_bytes
 from spec.model import ModelSpec
-from spec.parameters import Arrays, parameter_shapes, state_shapes
+from spec.parameters import Arrays, is_sparse, parameter_shapes, state_shapes, trained_parameters
 
 if TYPE_CHECKING:
     import onnx
@@ -53,12 +53,17 @@ def predict_model(spec: ModelSpec, parameters: Arrays, stored: dict[str, tuple[s
     return export_net(net, blobs, inputs, stored=stored)
 
 
-def train_model(spec: ModelSpec) -> "onnx.ModelProto":
+def train_model(spec: ModelSpec, by_rows: bool = False) -> "onnx.ModelProto":
     """One training step: from a batch, parameters and optimizer state to the loss and to what has become of
-    them, each as "X.new". The learning rate is a constant."""
+    them, each as "X.new". The learning rate is a constant.
+
+    by_rows: of a table X, and of its optimizer state, the rows that change alone: "X.new_rows" int64 [U], none twice,
+    and "X.new_values" [U, ...], with which X[new_rows] = new_values is the new table. No table is copied then.
+    """
     shapes = parameter_shapes(spec) | state_shapes(spec)
     axes = input_axes(spec) | {name: Axes(FLOAT, shape) for name, shape in shapes.items()}
-    return export_net(train_net(spec), constants(spec), axes)
+    changed = [name for name in (*trained_parameters(spec), *state_shapes(spec)) if by_rows and is_sparse(name)]
+    return export_net(train_net(spec), constants(spec), axes, by_rows=changed)
 
 
 def input_axes(spec: ModelSpec) -> dict[str, Axes]:

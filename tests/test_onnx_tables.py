@@ -7,6 +7,7 @@ that the test of determinism finds it.
 import os
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import parser
@@ -15,6 +16,7 @@ from dlrm_caffe2.backend import ONNX
 from dlrm_caffe2.engine import onnxruntime as engine_module
 from dlrm_caffe2.engine.in_place import updates_in_place
 from dlrm_caffe2.engine.onnxruntime import OnnxEngine
+from dlrm_caffe2.export import train_model
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.onnx.axes import Axes
 from dlrm_caffe2.onnx.convert import export_net, inline
@@ -22,7 +24,7 @@ from dlrm_caffe2.onnx.sparse import may_overwrite
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
 from spec.data.random import random_batch
-from spec.parameters import initial_parameters
+from spec.parameters import initial_parameters, initial_state, is_sparse, state_shapes, trained_parameters
 
 UPDATE = make_operator("ScatterWeightedSum", ["w", "one", "i", "g", "rate"], ["w"])
 BLOBS = {"w": np.arange(12, dtype=np.float32).reshape(6, 2), "one": np.float32([1]), "rate": np.float32([-0.5]),
@@ -87,6 +89,43 @@ def test_training_is_the_same_by_rows(kind, monkeypatch):
         model.close()
     for name, array in kept[0].items():
         np.testing.assert_array_equal(array, kept[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_a_step_in_a_file_by_rows(kind):
+    """What is assigned to the rows makes the whole new table, bit by bit; and a table is sorted once."""
+    spec = toml.load("tiny").with_optimizer(kind, 0.1)
+    before = initial_parameters(spec) | initial_state(spec)
+    feeds = random_batch(spec, 50, 0, 0).arrays() | before
+    found = []
+    for by_rows in (False, True):
+        model = train_model(spec, by_rows)
+        onnx.checker.check_model(model, full_check=True)
+        sorts = [node for node in nodes_of(inline(model).graph)
+                 if node.op_type == "TopK" and not node.name.startswith("BatchGather")]
+        learned = sum(table.pooling == "weighted_learned" for table in spec.tables) if kind == "sgd" else 0
+        unsorted = 0 if kind == "sgd" else sum(map(is_sparse, state_shapes(spec)))  # where rows would not be distinct
+        assert len(sorts) == len(spec.tables) + learned + unsorted
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        found.append(dict(zip(names, session.run(names, feeds), strict=True)))
+    whole, rows = found
+    assert any(name.endswith(".new_values") for name in rows)
+    for name in (*trained_parameters(spec), *state_shapes(spec)):
+        if f"{name}.new_values" in rows:
+            changed = before[name].copy()
+            parameter = name if f"{name}.new_rows" in rows else name.removesuffix(".moment")
+            changed[rows[f"{parameter}.new_rows"]] = rows[f"{name}.new_values"]
+            np.testing.assert_array_equal(changed, whole[f"{name}.new"])
+        else:
+            np.testing.assert_array_equal(rows[f"{name}.new"], whole[f"{name}.new"])
+
+
+def nodes_of(graph):
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes_of(attribute.g)
 
 
 ROWS, LOOKUPS, WIDTH = 100, 100_000, 64

@@ -1,4 +1,4 @@
-"""Updates of tables by rows: returned as rows alone, or written over the table itself."""
+"""Updates of tables by rows: sorted once, and returned as rows alone or written over the table itself."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +29,26 @@ def sparse_updates(nodes: Sequence[Node]) -> dict[str, Rows]:
             found |= {blob: Rows(rows, f"{blob}.new_values") for blob in node.outputs}
         read.update(node.inputs)
     return found
+
+
+def share_sorting(nodes: Sequence[Node]) -> tuple[list[Node], list[str]]:
+    """A Unique and the UnsortedSegmentSums by its places sort once: the latter get its order and its runs.
+
+    Each value is written once. Also returned: the names of these values, int64 vectors.
+    """
+    made = {node.outputs[1]: (f"{node.outputs[1]}.order", f"{node.outputs[1]}.sizes")
+            for node in nodes if node.type == "Unique" and len(node.outputs) == 2}
+    sums = [node for node in nodes if node.type == "UnsortedSegmentSum" and node.inputs[1] in made
+            and node.args["num_segments"] < 0]
+    shared = {node.inputs[1]: made[node.inputs[1]] for node in sums}
+    result = []
+    for node in nodes:
+        if node in sums:
+            node = replace(node, inputs=(*node.inputs, *shared[node.inputs[1]]))
+        elif node.type == "Unique" and node.outputs[-1] in shared:
+            node = replace(node, outputs=(*node.outputs, *shared[node.outputs[-1]]))
+        result.append(node)
+    return result, [name for names in shared.values() for name in names]
 
 
 def return_rows(node: Node, updates: Sequence[Rows]) -> Node:

@@ -181,7 +181,8 @@ def _unique_aten(node: Node, indices):
 
 
 def _unique_onnx(node: Node, ranks: Sequence[int]) -> str:
-    """Not ONNX's Unique: ONNX Runtime's was 7 times slower on 100,000 indices (1.32)."""
+    """Not ONNX's Unique: ONNX Runtime's was 7 times slower on 100,000 indices (1.32). With two outputs more than
+    Caffe2's, it also returns `order` and `sizes` of SORTED_RUNS."""
     places = """
         new_int = Cast<to = 7>(new)
         ordinal = CumSum(new_int, zero)
@@ -190,8 +191,8 @@ def _unique_onnx(node: Node, ranks: Sequence[int]) -> str:
         order_K1 = Unsqueeze(order, axis1)
         placed = ScatterND(unplaced, order_K1, nth)
         places = Cast<to = 6>(placed)
-    """ if len(node.outputs) == 2 else ""
-    return function(node, "I", ["values", "places"][:len(node.outputs)], f"""
+    """ if len(node.outputs) > 1 else ""
+    return function(node, "I", ["values", "places", "order", "sizes"][:len(node.outputs)], f"""
         {CONSTANTS}
         {KEYS.format(indices="I")}
         {SORTED_RUNS}
@@ -222,6 +223,17 @@ def _segment_aten(node: Node, data, ids):
 
 
 def _segment_onnx(node: Node, ranks: Sequence[int]) -> str:
+    """With two inputs more than Caffe2's, `order` and `sizes` from the Unique that made I, nothing is sorted again."""
+    if len(ranks) == 4:
+        return function(node, ["D", "I", "order", "sizes"], "Y", f"""
+            {CONSTANTS}
+            {as_matrix("rows", "D", ranks[0])}
+            {bag_sums("rows", "order")}
+            segments = Shape(sizes)
+            row = Shape<start = 1>(D)
+            shape = Concat<axis = 0>(segments, row)
+            Y = Reshape<allowzero = 1>(sums, shape)
+        """, variant=["sorted", *(["rank", ranks[0]] if ranks[0] != 2 else [])])
     given = node.args["num_segments"] >= 0
     segments = "segments = Constant<value_ints = [{}]>()".format(node.args["num_segments"]) if given else """
         none = Constant<value_ints = [-1]>()
