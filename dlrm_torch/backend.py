@@ -25,12 +25,16 @@ class TorchBackend:
 
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> "TorchModel":
         """Raises EngineError without PyTorch, InputError for a device other than cpu or a usable cuda."""
+        self.check(device)
+        from dlrm_torch.engine import TorchModel
+        return TorchModel(spec, parameters, device)
+
+    def check(self, device: str) -> None:
+        """Raise what `create` raises."""
         state = self.available()
         if not state.ok:
             raise EngineError(f"backend '{self.name}': {state.reason}; {state.remedy}")
         _check_device(device)
-        from dlrm_torch.engine import TorchModel
-        return TorchModel(spec, parameters, device)
 
 
 def _check_device(device: str) -> None:

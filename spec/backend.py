@@ -21,6 +21,9 @@ from spec.parameters import Arrays
 
 GROUP = "dlrm.backends"
 
+ON_REQUEST = "dlrm.backends.on_request"
+"""Entry points of backends that run only where they are named, since they take long to start."""
+
 PARTS = ("fc", "activation", "embedding", "interaction", "loss", "optimizer")
 """What an operator can work for: see Model.profile."""
 
@@ -91,9 +94,9 @@ class Backend(Protocol):
         """
 
 
-def backend_names() -> tuple[str, ...]:
-    """Every registered backend, sorted."""
-    return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
+def backend_names(group: str = GROUP) -> tuple[str, ...]:
+    """Every registered backend that runs by default, sorted; with ON_REQUEST, the others."""
+    return tuple(sorted(entry.name for entry in entry_points(group=group)))
 
 
 def load_backend(name: str) -> Backend:
@@ -101,10 +104,11 @@ def load_backend(name: str) -> Backend:
     for an unknown one."""
     if ":" in name:
         return _import_backend(name)
-    for entry in entry_points(group=GROUP):
+    for entry in (*entry_points(group=GROUP), *entry_points(group=ON_REQUEST)):
         if entry.name == name:
             return entry.load()
-    raise InputError(f"backend '{name}'", f"one of {', '.join(backend_names())}", "no such backend",
+    known = ", ".join((*backend_names(), *backend_names(ON_REQUEST)))
+    raise InputError(f"backend '{name}'", f"one of {known}", "no such backend",
                      f"packages register backends under the entry-point group '{GROUP}'")
 
 

@@ -92,7 +92,7 @@ def spec_schema() -> None:
 @click.argument("specs", nargs=-1)
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
               help="A backend to run, by name or as module:attribute; repeat for several.  [default: every registered "
-                   "one]")
+                   "one but torch-compile, which compiles for a minute]")
 @click.option("--optimizer", "optimizers", multiple=True, type=click.Choice(OPTIMIZERS),
               help="Train with it; repeat for several.  [default: all three]")
 @click.option("--steps", type=click.IntRange(min=0),

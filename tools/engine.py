@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from spec.backend import backend_names, load_backend
+from spec.backend import ON_REQUEST, backend_names, load_backend
 from spec.errors import EngineError
 from spec.files import write_text
 
@@ -54,7 +54,7 @@ def print_status(json_path: Path | None) -> None:
     for column in ("backend", "runs here", "trains", "what to do"):
         table.add_column(column)
     backends = {}
-    for name in backend_names():
+    for name in (*backend_names(), *backend_names(ON_REQUEST)):
         backend = load_backend(name)
         available = backend.available()
         backends[name] = asdict(available) | {"trains": backend.trains}
