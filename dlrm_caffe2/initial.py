@@ -20,14 +20,14 @@ def initial_blobs(net: NetDef, given: Collection[str] = ()) -> Arrays:
 
     Raises EngineError where an operator is not a fill from its arguments, InputError for a random one.
     """
-    needed = [operator for operator in net.op if not set(given).issuperset(operator.output)]
-    for operator in needed:
+    if given:
+        net = NetDef(name=net.name, op=[operator for operator in net.op if not set(given).issuperset(operator.output)])
+    for operator in net.op:
         if operator.type in RANDOM:
             raise InputError(f"net '{net.name}'", "fills from values", f"{operator.type}, which draws "
                              f"'{operator.output[0]}' at random", "pass the values that it had with --parameters FILE")
-    needed = NetDef(name=net.name, op=needed)
     blobs = {}
-    for number, node in enumerate(check_net(needed, ())):
+    for number, node in enumerate(check_net(net, ())):
         where = operator_name(net.name, number, node.type)
         if node.inputs or not ({"value", "values"} & record(node.type).args.keys()):
             raise EngineError(f"{where}: expected a fill without inputs")
@@ -36,7 +36,7 @@ def initial_blobs(net: NetDef, given: Collection[str] = ()) -> Arrays:
         except OperatorError as error:
             raise EngineError(f"{where}: {error}") from error
         if "values" in node.args:
-            blobs[node.outputs[0]] = np.array(node.args["values"], type.dtype).reshape(type.shape)
+            blobs[node.outputs[0]] = node.args["values"].astype(type.dtype, copy=False).reshape(type.shape)
         else:
             blobs[node.outputs[0]] = np.full(type.shape, node.args["value"] or 0, type.dtype)
     return blobs

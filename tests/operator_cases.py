@@ -385,6 +385,8 @@ GENERATORS: dict[str, Callable[[Source], Case]] = {
     "ConstantFill": _constant, "GivenTensorFill": _given("GivenTensorFill", np.float32),
     "GivenTensorInt64Fill": _given("GivenTensorInt64Fill", np.int64),
     "GivenTensorIntFill": _given("GivenTensorIntFill", np.int32),
+    "GivenTensorDoubleFill": _given("GivenTensorDoubleFill", np.float32),
+    "GivenTensorBoolFill": _given("GivenTensorBoolFill", np.uint8),
     "WeightedSum": _weighted_sum, "ScatterWeightedSum": _scatter, "Unique": _unique,
     "UnsortedSegmentSum": _segment_sum, "Adagrad": _adagrad,
     **{type: _sparse_adagrad(type) for type in ("SparseAdagrad", "RowWiseSparseAdagrad")},

@@ -190,6 +190,8 @@ FORWARD = [
     make_operator("GivenTensorFill", [], ["Y"], values=[1.0]),
     make_operator("GivenTensorInt64Fill", [], ["Y"], values=[1]),
     make_operator("GivenTensorIntFill", [], ["Y"], values=[1]),
+    make_operator("GivenTensorDoubleFill", [], ["Y"], values=[1.0]),
+    make_operator("GivenTensorBoolFill", [], ["Y"], values=[1]),
     make_operator("Iter", ["it"], ["it"]),
     make_operator("LearningRate", ["it"], ["lr"], base_lr=-0.1, policy="fixed"),
 ]

@@ -59,9 +59,9 @@ def _given_infer(dtype: np.dtype):
         shape, values = _shape(node), node.args["values"]
         node.require(math.prod(shape) == len(values),
                      f"expected {math.prod(shape)} values for shape {list(shape)}, found {len(values)}")
-        if dtype.kind == "i":
+        if dtype.kind == "i" and len(values):
             limits = np.iinfo(dtype)
-            node.require(all(limits.min <= value <= limits.max for value in values), f"a value is outside {dtype}")
+            node.require(limits.min <= values.min() and values.max() <= limits.max, f"a value is outside {dtype}")
         return [TensorType(dtype, shape)]
     return infer
 
@@ -70,7 +70,7 @@ def _given_aten(dtype: np.dtype):
     def aten(node: Node):
         import torch
 
-        return torch.tensor(node.args["values"], dtype=getattr(torch, dtype.name)).reshape(node.args["shape"])
+        return torch.from_numpy(node.args["values"].astype(dtype)).reshape(node.args["shape"])
     return aten
 
 
@@ -87,7 +87,7 @@ def _given_onnx(dtype: np.dtype, field: str):
 
 def _given(type: str, dtype: np.dtype, field: str) -> Operator:
     return Operator(type, (0, 0), (1, 1), _given_infer(dtype), _given_aten(dtype),
-                    {"values": Arg(field, required=True), "shape": Arg("ints", ())}, no_gradient,
+                    {"values": Arg(field, required=True, array=True), "shape": Arg("ints", ())}, no_gradient,
                     _given_onnx(dtype, field))
 
 
@@ -98,4 +98,6 @@ OPERATORS = [
     _given("GivenTensorFill", FLOAT, "floats"),
     _given("GivenTensorInt64Fill", INT64, "ints"),
     _given("GivenTensorIntFill", INT32, "ints"),
+    _given("GivenTensorDoubleFill", np.dtype(np.float64), "floats"),
+    _given("GivenTensorBoolFill", np.dtype(np.bool_), "ints"),
 ]

@@ -37,12 +37,14 @@ class TensorType(NamedTuple):
 class Arg:
     """An argument of an operator: the Argument field it lives in, and its default (None: it may be absent).
 
-    "f|i" is a value that lives in either field (ConstantFill's `value`): the Python type tells which.
+    "f|i" is a value that lives in either field (ConstantFill's `value`): the Python type tells which. With `array`, the
+    numbers of a repeated field are a float32 or int64 array instead of a tuple, which takes ten times its memory.
     """
 
     field: str
     default: Any = None
     required: bool = False
+    array: bool = False
 
 
 class Slice(NamedTuple):
@@ -155,7 +157,10 @@ class Operator:
     def _value(self, node: Node, argument: Any) -> Any:
         wanted = self.args[argument.name].field
         if wanted.endswith("s") and wanted != "s":
-            return tuple(getattr(argument, wanted))
+            numbers = getattr(argument, wanted)
+            if self.args[argument.name].array:
+                return np.fromiter(numbers, FLOAT if wanted == "floats" else INT64, len(numbers))
+            return tuple(numbers)
         present = [name for name in wanted.split("|") if argument.HasField(name)]
         node.require(len(present) == 1,
                      f"argument '{argument.name}' does not have the right field: expected field {wanted}")
