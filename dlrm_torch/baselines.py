@@ -8,6 +8,7 @@ full. Batches become tensors when they are first seen, so that no step has any d
              rest, and the model around it, as in PLAIN
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlrm_torch.embedding import EmbeddingBag, EmbeddingBags
 from spec.backend import Availability
 from spec.batch import Batch
 from spec.errors import InputError
@@ -65,6 +67,26 @@ class FbgemmTables(nn.Module):
 
     def forward(self, inputs: _Inputs) -> list[Tensor]:
         return list(self.tables(*inputs.joined).split(self.width, 1))
+
+
+class SeparateBags(EmbeddingBags):
+    """The tables of our modules, each looked up by an embedding_bag of its own: what exporter_baseline.py exports."""
+
+    def pool(self, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [self._bag(bag, *its) for bag, its in zip(self, lookups, strict=True)]
+
+    @staticmethod
+    def _bag(bag: EmbeddingBag, indices: Tensor, lengths_B: Tensor) -> Tensor:
+        weights = bag.pooling.index_select(0, indices) if bag.table.weighted else None
+        starts_B, k = None, bag.table.fixed_lookups
+        if k is None:
+            starts_B = lengths_B.cumsum(0) - lengths_B
+        else:
+            indices, weights = indices.view(-1, k), weights.view(-1, k) if weights is not None else None
+        pooled_BE = F.embedding_bag(indices, bag.weight, starts_B, mode="sum", per_sample_weights=weights)
+        if bag.table.pooling == "mean":
+            pooled_BE = pooled_BE * lengths_B.clamp(min=1).to(pooled_BE.dtype).reciprocal()[:, None]
+        return pooled_BE
 
 
 class BaselineModel:

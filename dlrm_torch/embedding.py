@@ -1,36 +1,183 @@
-"""Embedding bags: rows looked up in a table and pooled, with sparse gradients."""
+"""The embedding tables: rows looked up and pooled, for all tables at once.
+
+The tables are slices of one storage, so that one lookup serves all those that are looked up alike. Gradients are
+sparse, and hold each row once (lookups.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dlrm_torch.lookups import Lookups, RowGradient
 from spec.model import Table
 
 
 class EmbeddingBag(nn.Module):
-    """One table. Gradients of `weight` [N, E], and of `pooling` [N] where it is learned, are sparse over rows."""
+    """The parameters of one table: `weight` [N, E], and `pooling` [N] where its rows are weighted."""
 
-    def __init__(self, table: Table, embedding_dim: int) -> None:
+    def __init__(self, table: Table, weight: Tensor, pooling: Tensor | None) -> None:
         super().__init__()
         self.table = table
-        self.weight = nn.Parameter(torch.empty(table.rows, embedding_dim))
-        if table.weighted:
-            self.pooling = nn.Parameter(torch.empty(table.rows),
-                                        requires_grad=table.pooling == "weighted_learned")
+        self.weight = nn.Parameter(weight)
+        if pooling is not None:
+            self.pooling = nn.Parameter(pooling, requires_grad=table.pooling == "weighted_learned")
 
-    def forward(self, indices: Tensor, lengths_B: Tensor) -> Tensor:
-        """Pooled rows [B, E] of indices int64 [sum of lengths]; an empty bag gives zeros."""
-        fixed = self.table.fixed_lookups
-        weights = torch.gather(self.pooling, 0, indices, sparse_grad=True) if self.table.weighted else None
-        offsets_B = None
-        if fixed is None:
-            offsets_B = lengths_B.cumsum(0) - lengths_B
-        else:
-            indices = indices.view(-1, fixed)
-            weights = weights.view(-1, fixed) if weights is not None else None
-        pooled_BE = F.embedding_bag(indices, self.weight, offsets_B, mode="sum", sparse=True,
-                                    per_sample_weights=weights)
-        if self.table.pooling == "mean":
-            # Not mode="mean": the spec multiplies by the rounded 1/n.
-            pooled_BE = pooled_BE * lengths_B.clamp(min=1).to(pooled_BE.dtype).reciprocal()[:, None]
-        return pooled_BE
+    def __getstate__(self) -> dict[str, Any]:
+        """With parameters of its own: a slice would be pickled with the whole storage, once for each table."""
+        own = {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in self._parameters.items()}
+        return self.__dict__ | {"_parameters": own}
+
+
+class Group(NamedTuple):
+    """Tables that are looked up in one go: numbers of tables with the same `pooling`, all or none of them one-hot."""
+
+    tables: tuple[int, ...]
+    one_hot: bool
+    pooling: str
+
+    @property
+    def weighted(self) -> bool:
+        return self.pooling.startswith("weighted")
+
+    @property
+    def learned(self) -> bool:
+        return self.pooling == "weighted_learned"
+
+
+class EmbeddingBags(nn.ModuleList):
+    """All tables, of one width; each an EmbeddingBag, whose parameters are slices of those of `shared`."""
+
+    first_row: Tensor
+    """int64 [T]: where each table's rows begin in the storage."""
+
+    def __init__(self, tables: Sequence[Table], embedding_dim: int) -> None:
+        rows = [table.rows for table in tables]
+        weights = torch.empty(sum(rows), embedding_dim).split(rows)
+        poolings: Sequence[Tensor | None] = [None] * len(tables)
+        if any(table.weighted for table in tables):
+            slices = torch.empty(sum(rows)).split(rows)
+            poolings = [part if table.weighted else None for table, part in zip(tables, slices, strict=True)]
+        super().__init__(map(EmbeddingBag, tables, weights, poolings))
+        self.rows = sum(rows)
+        self.first = [sum(rows[:number]) for number in range(len(rows))]
+        self.register_buffer("first_row", torch.tensor(self.first), persistent=False)
+        alike = defaultdict(list)
+        for number, table in enumerate(tables):
+            one_hot = table.fixed_lookups == 1
+            pooling = "sum" if one_hot and table.pooling == "mean" else table.pooling
+            alike[one_hot, pooling].append(number)
+        self.groups = [Group(tuple(numbers), *kind) for kind, numbers in alike.items()]
+        # Half the bytes to sort, where they suffice.
+        self._index_dtype = torch.int32 if self.rows < 2**31 else torch.int64
+
+    def forward(self, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> list[Tensor]:
+        """Pooled rows, for each table [B, E]; an empty bag gives zeros.
+
+        Args:
+            indices: for each table int64 [sum of lengths], sample by sample.
+            lengths: for each table int32 [B].
+        """
+        return self.pool(self.lookups(indices, lengths))
+
+    def lookups(self, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> list[Lookups]:
+        """Of each group, what it looks up in the storage."""
+        return [self._lookups(group, indices, lengths) for group in self.groups]
+
+    def pool(self, lookups: Sequence[Lookups]) -> list[Tensor]:
+        """As `forward`."""
+        pooled: dict[int, Tensor] = {}
+        for group, its in zip(self.groups, lookups, strict=True):
+            parameters = self.trained(group)
+            if torch.is_grad_enabled():
+                pooled_GBE = _Pool.apply(self, group, its, *parameters)
+            else:
+                pooled_GBE = self._pooled(group, its)
+            pooled |= zip(group.tables, pooled_GBE.unbind(0), strict=True)
+        return [pooled[number] for number in range(len(self))]
+
+    def shared(self, name: str) -> Tensor:
+        """`weight` [rows, E] or `pooling` [rows] of all tables, one after the other; a table without leaves a gap.
+
+        Whatever has given a table memory of its own (a move to another device or type, a copy of the model) is
+        undone here.
+        """
+        found = [(first, parameter) for first, bag in zip(self.first, self, strict=True)
+                 if (parameter := bag._parameters.get(name)) is not None]
+        first, parameter = found[0]
+        row_bytes = parameter.stride(0) * parameter.element_size()
+        base = parameter.data_ptr() - first * row_bytes
+        if any(other.data_ptr() != base + at * row_bytes for at, other in found) \
+                or parameter.untyped_storage().nbytes() < self.rows * row_bytes:
+            storage = parameter.new_empty(self.rows, *parameter.shape[1:])
+            for at, other in found:
+                part = storage[at:at + len(other)]
+                part.copy_(other.detach())
+                other.data = part
+        start = parameter.storage_offset() - first * parameter.stride(0)
+        return parameter.detach().as_strided((self.rows, *parameter.shape[1:]), parameter.stride(), start)
+
+    def gradients(self, group: Group, gradient: RowGradient) -> dict[str, Tensor]:
+        """Of `weight` [U, E], and of `pooling` [U] where it is learned, at the rows of a gradient without weights.
+
+        A weight belongs to a row, so it multiplies what all bags together give that row.
+        """
+        rows, values = gradient
+        if not group.weighted:
+            return {"weight": values}
+        gradients = {"weight": values * self.shared("pooling").index_select(0, rows)[:, None]}
+        if group.learned:
+            gradients["pooling"] = (values * self.shared("weight").index_select(0, rows)).sum(1)
+        return gradients
+
+    def slices(self, group: Group, gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows of the table, gradients) of each parameter of a group, in the order of `trained`."""
+        ends = torch.searchsorted(gradient.rows, self.first_row).tolist()
+        ends.append(len(gradient.rows))
+        for values in self.gradients(group, gradient).values():
+            for number in group.tables:
+                its = slice(ends[number], ends[number + 1])
+                yield gradient.rows[its] - self.first[number], values[its]
+
+    def _lookups(self, group: Group, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> Lookups:
+        its = [indices[number] for number in group.tables]
+        rows = torch.cat(its).to(self._index_dtype)
+        if group.one_hot:
+            first_row = self.first_row if len(its) == len(self) else self.first_row[list(group.tables)]
+            rows.view(len(its), -1).add_(first_row[:, None])
+            return Lookups(rows)
+        for part, number in zip(rows.split([len(part) for part in its]), group.tables, strict=True):
+            part.add_(self.first[number])
+        n = torch.cat([lengths[number] for number in group.tables])
+        # Not mode="mean" of embedding_bag: the spec multiplies by the rounded 1/n.
+        factor = n.clamp(min=1).to(self[0].weight.dtype).reciprocal()[:, None] if group.pooling == "mean" else None
+        return Lookups(rows, n.to(rows.dtype), factor)
+
+    def _pooled(self, group: Group, lookups: Lookups) -> Tensor:
+        """[G, B, E]"""
+        pooled = lookups.pooled(self.shared("weight"), self.shared("pooling") if group.weighted else None)
+        return pooled.view(len(group.tables), -1, pooled.shape[1])
+
+    def trained(self, group: Group) -> list[Tensor]:
+        """The parameters with gradients, those of one name together."""
+        names = ("weight", "pooling") if group.learned else ("weight",)
+        return [self[number]._parameters[name] for name in names for number in group.tables]
+
+
+class _Pool(torch.autograd.Function):
+    """`EmbeddingBags._pooled` for autograd. Each parameter's gradient is sparse and coalesced."""
+
+    @staticmethod
+    def forward(ctx, bags: EmbeddingBags, group: Group, lookups: Lookups, *parameters: Tensor) -> Tensor:
+        ctx.bags, ctx.group, ctx.lookups = bags, group, lookups
+        return bags._pooled(group, lookups)
+
+    @staticmethod
+    def backward(ctx, gradient_GBE: Tensor) -> tuple[Tensor | None, ...]:
+        row_gradient = ctx.lookups.row_gradient(gradient_GBE.flatten(0, 1))
+        return None, None, None, *(
+            torch.sparse_coo_tensor(rows[None], values, parameter.shape, is_coalesced=True, check_invariants=False)
+            for parameter, (rows, values) in zip(
+                ctx.bags.trained(ctx.group), ctx.bags.slices(ctx.group, row_gradient), strict=True))

@@ -1,6 +1,6 @@
 """What runs the modules: eager PyTorch, one model resident in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_torch.lookups import Lookups
 from dlrm_torch.loss import mean_loss
 from dlrm_torch.model import DLRM, Tap, untapped
 from dlrm_torch.optimizer import Optimizer
 from dlrm_torch.profile import Stopwatch
 from spec.batch import Batch
+from spec.memory import keep_freed_memory
 from spec.model import ModelSpec
 from spec.parameters import Arrays, check_parameters, is_sparse, trained_parameters
 from spec.tensors import activation_gradients, slice_names, trace_names
@@ -35,7 +37,11 @@ def inputs_from(batch: Batch, device: str = "cpu") -> Inputs:
 
 def evaluate(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> Tensor:
     """The loss, shape ()."""
-    logit, probability = model.outputs(inputs.dense, inputs.indices, inputs.lengths, tap)
+    return _loss(model, inputs, model.tables.lookups(inputs.indices, inputs.lengths), tap)
+
+
+def _loss(model: DLRM, inputs: Inputs, lookups: Sequence[Lookups], tap: Tap) -> Tensor:
+    logit, probability = model.outputs(inputs.dense, lookups, tap)
     return tap("loss", mean_loss(model.spec.loss, logit, probability, inputs.label))
 
 
@@ -65,12 +71,13 @@ class TorchModel:
 
     def __init__(self, spec: ModelSpec, parameters: Arrays, device: str) -> None:
         check_parameters(spec, parameters)
+        keep_freed_memory()
         self.spec, self.device = spec, device
         self.module = DLRM(spec)
         self.module.load_state_dict({name: _tensor(array, "cpu") for name, array in parameters.items()})
         self.module.to(device)
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self._optimizer = Optimizer(spec, self._trained)
+        self._optimizer = Optimizer(self.module)
         self.threads = torch.get_num_threads()
         self.engine = f"PyTorch {torch.__version__} eager, {device}, {self.threads} threads"
 
@@ -100,7 +107,8 @@ class TorchModel:
                 self._step(inputs, stopwatch.tap)
         else:
             with torch.inference_mode(), stopwatch:
-                self.module.outputs(inputs.dense, inputs.indices, inputs.lengths, stopwatch.tap)
+                lookups = self.module.tables.lookups(inputs.indices, inputs.lengths)
+                self.module.outputs(inputs.dense, lookups, stopwatch.tap)
         return dict(stopwatch.seconds)
 
     def close(self) -> None:
@@ -112,9 +120,19 @@ class TorchModel:
         return inputs_from(batch, self.device)
 
     def _step(self, inputs: Inputs, tap: Tap = untapped) -> float:
-        loss = evaluate(self.module, inputs, tap)
-        gradients = torch.autograd.grad(loss, list(self._trained.values()))
-        self._optimizer.step(dict(zip(self._trained, gradients, strict=True)))
+        """The tables' part of the backward pass is fused with their update: autograd ends at the pooled rows."""
+        tables, pooled = self.module.tables, []
+
+        def keep_pooled(name: str, x: Tensor) -> Tensor:
+            if is_sparse(name):
+                pooled.append(x)
+            return tap(name, x)
+
+        lookups = tables.lookups(inputs.indices, inputs.lengths)
+        loss = _loss(self.module, inputs, lookups, keep_pooled)
+        gradients = torch.autograd.grad(loss, [*pooled, *self._optimizer.dense.values()])
+        pooled_gradients = [torch.cat([gradients[number] for number in group.tables]) for group in tables.groups]
+        self._optimizer.step(gradients[len(pooled):], lookups, pooled_gradients)
         return loss.item()
 
     @contextmanager

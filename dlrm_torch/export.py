@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, inliner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dlrm_torch import ragged
-from dlrm_torch.embedding import EmbeddingBag
+from dlrm_torch.embedding import EmbeddingBag, EmbeddingBags
 from dlrm_torch.model import DLRM
 from spec.errors import EngineError
 from spec.exported import Source, docs, metadata, stored_if_large, title
@@ -54,16 +54,16 @@ def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Sourc
 
 
 def forward_model(spec: ModelSpec, source: str = "not recorded",
-                  bags: type[EmbeddingBag] | None = None) -> onnx.ModelProto:
+                  bags: type[EmbeddingBags] | None = None) -> onnx.ModelProto:
     """The model without its parameters, which are initializers that `write_model` adds.
 
     Inputs: dense, and indices and lengths of each table, as in `spec.batch`. Outputs: every activation of
     `spec.tensors.trace_names` without gradients. `source` is what the metadata says of the parameters; `bags` what to
-    export for the tables, by default a form of them that can do without a loop. Raises EngineError where PyTorch's
-    exporter fails.
+    export for the tables, given (indices, lengths) of each; by default a form of them that can do without a loop.
+    Raises EngineError where PyTorch's exporter fails.
     """
     small = spec.capped(1)
-    module = _Traced(small, bags or _Bag).eval().requires_grad_(False)
+    module = _Traced(small, bags or _Bags).eval().requires_grad_(False)
     batch = torch.export.Dim("B")
     lookups, axes = [], []
     for number, table in enumerate(small.tables):
@@ -110,35 +110,39 @@ def write_model(model: onnx.ModelProto, parameters: Arrays, path: Path, outputs:
     write_bytes(path, result.SerializeToString(deterministic=True))
 
 
-class _Bag(EmbeddingBag):
-    """An EmbeddingBag as it is exported."""
+class _Bags(EmbeddingBags):
+    """The tables as they are exported, one by one."""
 
-    def forward(self, indices: Tensor, lengths_B: Tensor) -> Tensor:
-        (batch,), width, k = lengths_B.shape, self.weight.shape[1], self.table.fixed_lookups
-        weights = self.pooling.index_select(0, indices) if self.table.weighted else None
-        if k is None:
-            operator, inputs = ragged.SUM, (self.weight, indices, lengths_B)
-            if weights is not None:
-                operator, inputs = ragged.WEIGHTED_SUM, (self.weight, weights, indices, lengths_B)
-            pooled_BE = torch.onnx.ops.symbolic(operator, inputs, dtype=torch.float32, shape=(batch, width), version=1)
-        else:
-            pooled_BE = F.embedding(indices, self.weight)
-            if weights is not None:
-                pooled_BE = pooled_BE * weights.unsqueeze(1)
-            if k > 1:
-                pooled_BE = pooled_BE.view(batch, k, width).sum(1)
-        if self.table.pooling == "mean" and k != 1:
-            # Not a division: the spec multiplies by the rounded 1/n.
-            pooled_BE = pooled_BE * lengths_B.clamp(min=1).to(torch.float32).reciprocal().unsqueeze(1)
-        return pooled_BE
+    def pool(self, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [_pooled(bag, *its) for bag, its in zip(self, lookups, strict=True)]
+
+
+def _pooled(bag: EmbeddingBag, indices: Tensor, lengths_B: Tensor) -> Tensor:
+    (batch,), width, k = lengths_B.shape, bag.weight.shape[1], bag.table.fixed_lookups
+    weights = bag.pooling.index_select(0, indices) if bag.table.weighted else None
+    if k is None:
+        operator, inputs = ragged.SUM, (bag.weight, indices, lengths_B)
+        if weights is not None:
+            operator, inputs = ragged.WEIGHTED_SUM, (bag.weight, weights, indices, lengths_B)
+        pooled_BE = torch.onnx.ops.symbolic(operator, inputs, dtype=torch.float32, shape=(batch, width), version=1)
+    else:
+        pooled_BE = F.embedding(indices, bag.weight)
+        if weights is not None:
+            pooled_BE = pooled_BE * weights.unsqueeze(1)
+        if k > 1:
+            pooled_BE = pooled_BE.view(batch, k, width).sum(1)
+    if bag.table.pooling == "mean" and k != 1:
+        # Not a division: the spec multiplies by the rounded 1/n.
+        pooled_BE = pooled_BE * lengths_B.clamp(min=1).to(torch.float32).reciprocal().unsqueeze(1)
+    return pooled_BE
 
 
 class _Traced(DLRM):
     """A DLRM with bags that can be exported, which returns all its activations in the order of their names."""
 
-    def __init__(self, spec: ModelSpec, bags: type[EmbeddingBag]) -> None:
+    def __init__(self, spec: ModelSpec, bags: type[EmbeddingBags]) -> None:
         super().__init__(spec)
-        self.tables = nn.ModuleList(bags(table, spec.embedding_dim) for table in spec.tables)
+        self.tables = bags(spec.tables, spec.embedding_dim)
 
     def forward(self, dense_BD: Tensor, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         seen: dict[str, Tensor] = {}
@@ -147,8 +151,7 @@ class _Traced(DLRM):
             seen[name] = x
             return x
 
-        indices, lengths = zip(*lookups, strict=True)
-        self.outputs(dense_BD, indices, lengths, keep)
+        self.outputs(dense_BD, lookups, keep)
         return [seen[name] for name in trace_names(self.spec, gradients=False)]
 
 

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class ExporterBaseline(TorchOnnxBackend):
-    """Exports the modules' own bags, of which PyTorch makes a loop over samples."""
+    """Exports torch's embedding_bag, of which PyTorch makes a loop over samples."""
 
     name = "torch-onnx, exporter's bags"
 
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> "OnnxModel":
         """Raises what its parent does."""
         self.check(device)
-        from dlrm_torch.embedding import EmbeddingBag
+        from dlrm_torch.baselines import SeparateBags
         from dlrm_torch.onnx_engine import OnnxModel
-        return OnnxModel(spec, parameters, bags=EmbeddingBag)
+        return OnnxModel(spec, parameters, bags=SeparateBags)
 
 
 BACKEND = ExporterBaseline()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from dlrm_torch.embedding import EmbeddingBag
+from dlrm_torch.embedding import EmbeddingBags
+from dlrm_torch.lookups import Lookups
 from spec.model import ModelSpec
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -71,7 +72,7 @@ class DLRM(nn.Module):
         self.spec = spec
         self.bottom = MLP(spec, "bottom")
         self.top = MLP(spec, "top")
-        self.tables = nn.ModuleList(EmbeddingBag(table, spec.embedding_dim) for table in spec.tables)
+        self.tables = EmbeddingBags(spec.tables, spec.embedding_dim)
         self.interaction = DotInteraction(spec) if spec.interaction.kind == "dot" else CatInteraction()
 
     def forward(self, dense_BD: Tensor, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
@@ -82,12 +83,10 @@ class DLRM(nn.Module):
             indices: for each table int64 [sum of lengths], sample by sample.
             lengths: for each table int32 [B].
         """
-        return self.outputs(dense_BD, indices, lengths)[1]
+        return self.outputs(dense_BD, self.tables.lookups(indices, lengths))[1]
 
-    def outputs(self, dense_BD: Tensor, indices: Sequence[Tensor], lengths: Sequence[Tensor],
-                tap: Tap = untapped) -> tuple[Tensor, Tensor]:
+    def outputs(self, dense_BD: Tensor, lookups: Sequence[Lookups], tap: Tap = untapped) -> tuple[Tensor, Tensor]:
         """(last preactivation, probability), both [B, 1]: some losses start from the one, some from the other."""
+        pooled = [tap(f"tables.{number}.pooled", x) for number, x in enumerate(self.tables.pool(lookups))]
         _, bottom_BE = self.bottom(dense_BD, tap)
-        pooled = [tap(f"tables.{number}.pooled", bag(*lookups)) for number, (bag, *lookups)
-                  in enumerate(zip(self.tables, indices, lengths, strict=True))]
         return self.top(tap("interaction.output", self.interaction([bottom_BE, *pooled], tap)), tap)

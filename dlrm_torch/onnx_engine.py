@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from dlrm_torch.embedding import EmbeddingBag
+from dlrm_torch.embedding import EmbeddingBags
 from dlrm_torch.export import OPSET, forward_model, write_model
 from spec.backend import PARTS
 from spec.batch import Batch
@@ -29,7 +29,7 @@ class OnnxModel:
     A session is made when it is first used. `bags`: see `forward_model`.
     """
 
-    def __init__(self, spec: ModelSpec, parameters: Arrays, bags: type[EmbeddingBag] | None = None) -> None:
+    def __init__(self, spec: ModelSpec, parameters: Arrays, bags: type[EmbeddingBags] | None = None) -> None:
         check_parameters(spec, parameters)
         self.spec = spec
         self.threads = torch.get_num_threads()

@@ -1,53 +1,88 @@
 """The spec's update rules, in place (SPEC.md, 7). torch.optim differs: its Adagrad has no row-wise form."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from spec.model import ModelSpec
-from spec.parameters import moment_name, state_shapes
+from dlrm_torch.lookups import Lookups
+from dlrm_torch.model import DLRM
+from spec.parameters import is_sparse, moment_name, trained_parameters
+
+BLOCK_BYTES = 2**22
+"""Of the gradient of rows that is made and used up at a time, so that it stays in the cache."""
 
 
 class Optimizer:
-    """Updates parameters by name and holds their state.
+    """Updates a model's parameters and holds their state.
 
     Attributes:
-        state: tensors of `spec.parameters.state_shapes` by name, zeros at first, in their parameter's dtype.
+        dense: the parameters of the MLPs, by name.
+        state: tensors of `spec.parameters.state_shapes` by name, zeros at first, in their parameter's dtype; those of
+            the tables are slices of one storage, as the tables are.
     """
 
-    def __init__(self, spec: ModelSpec, parameters: Mapping[str, Tensor]) -> None:
-        # Detached, since torch.no_grad does not reach the threads in which a sparse add_ may work row by row.
-        self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+    def __init__(self, model: DLRM) -> None:
+        spec, self._tables = model.spec, model.tables
         # As every engine holds them; it shows only where the parameters are float64.
         self.rate, self.eps = (float(np.float32(v)) for v in (spec.optimizer.learning_rate, spec.optimizer.eps))
-        shapes = state_shapes(spec)
-        self.state = {moment_name(name): parameter.new_zeros(shapes[moment_name(name)])
-                      for name, parameter in parameters.items() if moment_name(name) in shapes}
+        self._sgd = spec.optimizer.kind == "sgd"
+        trained = set(trained_parameters(spec))
+        self.dense = {name: p for name, p in model.named_parameters() if name in trained and not is_sparse(name)}
+        self._dense = [parameter.detach() for parameter in self.dense.values()]
+        self.state: dict[str, Tensor] = {}
+        self._row_moments: dict[str, Tensor] = {}
+        if self._sgd:
+            return
+        self.state = {moment_name(name): torch.zeros_like(w) for name, w in zip(self.dense, self._dense, strict=True)}
+        self._moments = list(self.state.values())
+        for part in ("weight", "pooling"):
+            names = [f"tables.{number}.{part}" for number in range(len(self._tables))]
+            if trained.isdisjoint(names):
+                continue
+            rows = self._tables.shared(part)
+            rowwise = spec.optimizer.kind == "rowwise_adagrad"
+            moment = rows.new_zeros(rows.shape[:1] if rowwise else rows.shape)
+            self._row_moments[part] = moment
+            slices = moment.split([table.rows for table in spec.tables])
+            self.state |= {moment_name(name): its for name, its in zip(names, slices, strict=True) if name in trained}
 
-    def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """One update of each parameter named in `gradients`; a sparse gradient touches its own rows alone."""
-        for name, gradient in gradients.items():
-            w = self.parameters[name]
-            h = self.state.get(moment_name(name))
-            if h is None:
-                w.add_(gradient, alpha=-self.rate)
-            elif gradient.is_sparse:
-                gradient = gradient.coalesce()  # sums the duplicates of a row: Adagrad must see g once
-                (rows,), values = gradient.indices(), gradient.values()
-                new_h = h[rows] + _square(values, h.dim())
-                h[rows] = new_h
-                w[rows] -= self._step(values, new_h)
-            else:
-                h.add_(_square(gradient, h.dim()))
-                w.sub_(self._step(gradient, h))
+    def step(self, dense_gradients: Sequence[Tensor], lookups: Sequence[Lookups],
+             pooled_gradients: Sequence[Tensor]) -> None:
+        """One update of every parameter, and of no other row of a table than those looked up.
 
-    def _step(self, g: Tensor, h: Tensor) -> Tensor:
-        """rate g / (sqrt(h) + eps); h may have one number for each row of g."""
-        root = h.sqrt().add_(self.eps)
-        return self.rate * g / (root if root.dim() == g.dim() else root[:, None])
+        Args:
+            dense_gradients: of `dense`, in its order.
+            lookups: of each group of tables (`EmbeddingBags.lookups`).
+            pooled_gradients: of what each group pooled, [bags, E].
+        """
+        self._update(dense_gradients)
+        for group, its, gradient in zip(self._tables.groups, lookups, pooled_gradients, strict=True):
+            if self._sgd:
+                gradient = gradient * -self.rate  # of fewer numbers than the rows' gradient has
+            size = max(1, BLOCK_BYTES // (gradient.element_size() * gradient.shape[1]))
+            for block in its.row_gradient_blocks(gradient, size):
+                for part, values in self._tables.gradients(group, block).items():
+                    self._update_rows(part, block.rows, values)
 
+    def _update(self, gradients: Sequence[Tensor]) -> None:
+        if self._sgd:
+            torch._foreach_add_(self._dense, gradients, alpha=-self.rate)
+            return
+        torch._foreach_addcmul_(self._moments, gradients, gradients)
+        roots = torch._foreach_sqrt(self._moments)
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_addcdiv_(self._dense, gradients, roots, value=-self.rate)
 
-def _square(g: Tensor, dims: int) -> Tensor:
-    """g^2 (Duchi et al. 2011), or its mean over each row where the moment has one number a row."""
-    return g.square() if g.dim() == dims else g.square().mean(1)
+    def _update_rows(self, part: str, rows: Tensor, values: Tensor) -> None:
+        """`values` [U, ...] is the whole gradient of the distinct `rows` [U], under SGD the step; it is overwritten."""
+        w = self._tables.shared(part)
+        if not self._sgd:
+            h = self._row_moments[part]
+            # Its mean over the row where the moment has one number a row.
+            squares = values.square() if h.dim() == values.dim() else values.square().mean(1)
+            h.index_add_(0, rows, squares)
+            root = h.index_select(0, rows).sqrt_().add_(self.eps)
+            values.mul_(-self.rate).div_(root if root.dim() == values.dim() else root[:, None])
+        w.index_add_(0, rows, values)

@@ -16,7 +16,7 @@ class Stopwatch(TorchDispatchMode):
 
     Its `tap` goes into the forward pass. What runs between two activations works for the later one; autograd numbers
     the nodes that it records, so the backward pass of each is known too. What runs after the loss and outside of
-    autograd is the optimizer.
+    autograd is the optimizer, and the gradient of the tables that is fused with it.
 
     Attributes:
         seconds: by "part/operator": one of `spec.backend.PARTS`, and ATen's name.

@@ -42,17 +42,17 @@ def pair_order(model):
 
 def off_by_one_offset(model):
     """The second bag of a ragged table starts one row late, and the first takes that row."""
-    table = model.module.tables[1]
-    forward = table.forward
+    tables = model.module.tables
+    lookups = tables.lookups
 
     def shifted(indices, lengths):
-        lengths = lengths.clone()
-        donor = int(torch.nonzero(lengths[1:])[0]) + 1
-        lengths[0] += 1
-        lengths[donor] -= 1
-        return forward(indices, lengths)
+        second = lengths[1].clone()
+        donor = int(torch.nonzero(second[1:])[0]) + 1
+        second[0] += 1
+        second[donor] -= 1
+        return lookups(indices, [lengths[0], second, *lengths[2:]])
 
-    table.forward = shifted
+    tables.lookups = shifted
 
 
 SIGN, MISSING_MEAN, PAIR_ORDER, OFFSET = (

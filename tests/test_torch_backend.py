@@ -124,8 +124,8 @@ def test_profile_tells_what_each_operator_works_for():
     parts = {key.partition("/")[0] for key in training}
     assert parts == set(PARTS) and {key.partition("/")[0] for key in inference} == parts - {"loss", "optimizer"}
     assert {"fc/aten.addmm", "fc/aten.mm", "activation/aten.threshold_backward", "interaction/aten.bmm",
-            "embedding/aten._embedding_bag", "embedding/aten._embedding_bag_backward", "optimizer/aten.sqrt"
-            } <= set(training)
+            "embedding/aten._embedding_bag_forward_only", "optimizer/aten._embedding_bag_forward_only",
+            "optimizer/aten._foreach_sqrt"} <= set(training)
     assert not any("backward" in key for key in inference)
 
 

@@ -16,6 +16,7 @@ from dlrm_caffe2.operators import Node, Operator, OperatorError, record
 from dlrm_caffe2.operators.record import TensorType
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
+from spec.memory import keep_freed_memory
 from spec.parameters import Arrays
 
 
@@ -41,6 +42,7 @@ class AtenEngine:
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
+        keep_freed_memory()
         self._device = torch.device(device)
         self._blobs: dict[str, Any] = {}
         self._nets: dict[str, list[_Step]] = {}
