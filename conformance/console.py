@@ -62,6 +62,10 @@ def _print_reason(backend: dict[str, Any], console: Console) -> None:
                       soft_wrap=True)
     elif backend["status"] == "fails":
         console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
+        if backend["fault"]:
+            console.print(f"  {backend['fault']['summary']}", soft_wrap=True)
+        if backend.get("command"):
+            console.print(f"  that step alone: {backend['command']}", soft_wrap=True)
 
 
 def _print_expected(entry: dict[str, Any], console: Console) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from conformance.plain import plain
+from conformance.replay import Fault
 from conformance.run import BackendResult, CaseResult
 from conformance.verdict import RATIO_EDGES, TensorVerdict
 from conformance.xfail import ExpectedFailures
 from spec.files import write_text
 from spec.rounding import C, U
 
-FORMAT = 1
+FORMAT = 2
 """Version of report.json. It rises when a reader would have to change."""
 
 
@@ -66,12 +67,17 @@ def _backend(result: BackendResult) -> dict[str, Any]:
         "reason": result.reason, "remedy": result.remedy,
         "tensors": len(result.verdicts), "elements": result.elements,
         "worst": worst and _verdict(worst), "summary": worst.summary() if worst else "",
+        "fault": result.fault and _fault(result.fault),
         "sections": [
             {"optimizer": section.optimizer, "steps": section.steps, "learning_rate": section.learning_rate,
              "kinks": section.kinks,
              "tensors": [_verdict(verdict) for verdict in section.tensors]}
             for section in result.sections],
     }
+
+
+def _fault(fault: Fault) -> dict[str, Any]:
+    return asdict(fault) | {"verdict": _verdict(fault.verdict), "summary": fault.summary()}
 
 
 def _verdict(verdict: TensorVerdict) -> dict[str, Any]:

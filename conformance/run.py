@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from conformance.case import Case
-from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, ratio, unfit
+from conformance.replay import Fault, find_faults, judge_trace, own_gradients
+from conformance.verdict import TensorVerdict, judge, judge_update, missing, ratio, unfit
 from conformance.xfail import ExpectedFailures
-from spec.backend import Backend, Model
+from spec.backend import Backend, Model, NamesOperators
 from spec.errors import EngineError
 from spec.model import ModelSpec
 from spec.parameters import Arrays, fixed_parameters, initial_state
 from spec.pooling import coalesce
 from spec.reference import Evaluation, evaluate
 from spec.rounding import Tracked
-from spec.tensors import activations, slice_names, trace_names
-from spec.update import update
+from spec.tensors import slice_names
+from spec.update import Updated, update
 
 Progress = Callable[[str], None]
 
@@ -26,7 +27,8 @@ Progress = Callable[[str], None]
 class Section:
     """Verdicts of one comparison: the trace (`optimizer` None), or the training steps under one optimizer.
 
-    `kinks` counts reference elements within reach of a kink, by tensor, over all steps.
+    `kinks` counts reference elements within reach of a kink, by tensor, over all steps. `faults` are the steps at
+    fault, in order; training steps are replayed where something fails, the trace always.
     """
 
     optimizer: str | None
@@ -34,6 +36,7 @@ class Section:
     learning_rate: float | None = None
     tensors: list[TensorVerdict] = field(default_factory=list)
     kinks: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass
@@ -55,6 +58,12 @@ class BackendResult:
     @property
     def elements(self) -> int:
         return sum(verdict.elements for verdict in self.verdicts)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The first step at fault, where something does not conform that was not expected to fail."""
+        known = {verdict.tensor for verdict in self.verdicts if verdict.xfail}
+        return next((fault for section in self.sections for fault in section.faults if fault.tensor not in known), None)
 
     @property
     def worst(self) -> TensorVerdict | None:
@@ -154,7 +163,7 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
         section = _judge_trace(case, model, trace, expected, backend.trains)
         result.sections.append(section)
         if first:
-            result.sections.append(_judge_training(case, model, first, told, expected))
+            result.sections.append(_judge_training(case, model, first, told, (trace, expected)))
     finally:
         model.close()
     for optimizer in others:
@@ -168,34 +177,27 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
 
 
 def _judge_trace(case: Case, model: Model, trace: Arrays, expected: Evaluation, gradients: bool) -> Section:
-    section = Section(None, 1, kinks=dict(expected.kinks))
-    forward = set(activations(case.spec))
-    for name in trace_names(case.spec, gradients):
-        phase = "forward" if name in forward else "backward"
-        if name.endswith("_grad_indices"):
-            continue  # judged with the values
-        if name not in trace:
-            section.tensors.append(missing(name, phase))
-        elif name.endswith("_grad_values"):
-            parameter = name.removesuffix("_grad_values")
-            indices, _ = slice_names(parameter)
-            section.tensors.append(
-                judge_rows(name, trace[indices], trace[name], expected.rows[parameter])
-                if indices in trace else missing(indices, phase))
-        else:
-            section.tensors.append(judge(name, phase, trace[name], expected.tensors[name]))
+    replayed = evaluate(case.spec, case.parameters, case.batches[0], gradients, engine=trace, replay=True)
+    verdicts = judge_trace(case.spec, trace, expected, replayed, gradients)
     predicted = judge("probability", "forward", model.predict(case.batches[0]), expected.tensors["probability"])
     predicted.tensor = "predict"
-    section.tensors.append(predicted)
-    return section
+    verdicts.append(predicted)
+    return Section(None, 1, tensors=verdicts, kinks=dict(expected.kinks),
+                   faults=find_faults(case.spec, verdicts, operators(model)))
+
+
+def operators(model: Model) -> dict[str, str]:
+    """What the model says of what makes each tensor, if it does."""
+    return model.operators() if isinstance(model, NamesOperators) else {}
 
 
 def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress,
-                    evaluation: Evaluation | None = None) -> Section:
+                    first: tuple[Arrays, Evaluation] | None = None) -> Section:
     """Train from the initial parameters; each step is judged from the state the backend itself had before it.
 
-    The trace before the step tells on which side of each kink the backend was; `evaluation` is the first step's,
-    where it is known. What cannot be compared ends the training: the next step would have nothing to be judged from.
+    The trace before the step tells on which side of each kink the backend was; `first` is the first step's, and its
+    evaluation, where they are known. What cannot be compared ends the training: the next step would have nothing to
+    be judged from.
     """
     spec = case.under(optimizer)
     section = Section(optimizer, len(case.batches), spec.optimizer.learning_rate)
@@ -203,14 +205,26 @@ def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress
     before, state = model.parameters(), model.optimizer_state()
     section.tensors = _judge_start(spec, case.parameters, before | state)
     if section.tensors:
+        section.faults = find_faults(spec, section.tensors, operators(model), optimizer)
         return section
     for step, batch in enumerate(case.batches, start=1):
         progress(f"{optimizer}, step {step}")
-        if step > 1 or evaluation is None:
-            evaluation = evaluate(spec, before, batch, engine=model.trace(batch))
+        if step > 1 or first is None:
+            trace = model.trace(batch)
+            evaluation = evaluate(spec, before, batch, engine=trace)
+        else:
+            trace, evaluation = first
         loss = model.train_step(batch)
         after, new_state = model.parameters(), model.optimizer_state()
-        verdicts = _judge_step(spec, step, evaluation, loss, before, state, after, new_state, section)
+        expected = update(spec, before, state, evaluation)
+        verdicts = _judge_step(spec, step, evaluation, loss, before | state, after | new_state, expected)
+        if not all(verdict.conforms for verdict in verdicts):
+            replayed = evaluate(spec, before, batch, engine=trace, replay=True)
+            traced = judge_trace(spec, trace, evaluation, replayed, gradients=True)
+            own = update(spec, before, state, own_gradients(evaluation, trace, traced))
+            verdicts = _judge_step(spec, step, evaluation, loss, before | state, after | new_state, expected, own)
+            section.faults += find_faults(spec, [*traced, *verdicts], operators(model), optimizer, step)
+        _count_kinks(section, evaluation, expected)
         for verdict in verdicts:
             known = merged.get(verdict.tensor)
             merged[verdict.tensor] = known.merge(verdict) if known else verdict
@@ -234,24 +248,26 @@ def _judge_start(spec: ModelSpec, parameters: Arrays, found: Arrays) -> list[Ten
     return wrong
 
 
-def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, before: Arrays, state: Arrays,
-                after: Arrays, new_state: Arrays, section: Section) -> list[TensorVerdict]:
+def _judge_step(spec: ModelSpec, step: int, evaluation: Evaluation, loss: float, old: Arrays, new: Arrays,
+                expected: dict[str, Updated], replayed: dict[str, Updated] | None = None) -> list[TensorVerdict]:
+    """The loss that the step returned, and parameters and state, which were `old` and are `new`."""
     verdict = judge("loss", "forward", np.asarray(loss, np.float32), evaluation.tensors["loss"])
     verdict.step = step
     verdicts = [verdict]
-    old, new = before | state, after | new_state
-    for name, expected in update(spec, before, state, evaluation).items():
-        verdicts.append(judge_update(name, old[name], new[name], expected, step) if name in new and name in old
-                        else missing(name, "update"))
-        if expected.kinks:
-            section.kinks[name] = section.kinks.get(name, 0) + expected.kinks
+    for name, updated in expected.items():
+        verdicts.append(judge_update(name, old[name], new[name], updated, step, replayed and replayed[name])
+                        if name in new and name in old else missing(name, "update"))
     for name in sorted(fixed_parameters(spec)):
         same = name in new and np.array_equal(old[name], new[name])
-        verdicts.append(TensorVerdict(name, "update", before[name].size, step=step,
+        verdicts.append(TensorVerdict(name, "update", old[name].size, step=step,
                                       problem="" if same else "changed, and is not trained"))
-    for name, count in evaluation.kinks.items():
-        section.kinks[name] = section.kinks.get(name, 0) + count
     return verdicts
+
+
+def _count_kinks(section: Section, evaluation: Evaluation, expected: dict[str, Updated]) -> None:
+    counts = {name: updated.kinks for name, updated in expected.items() if updated.kinks} | evaluation.kinks
+    for name, count in counts.items():
+        section.kinks[name] = section.kinks.get(name, 0) + count
 
 
 def _compare_pair(case: Case, first: tuple[str, Arrays], second: tuple[str, Arrays]) -> PairResult:

@@ -19,6 +19,33 @@ RATIO_EDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 
 
 @dataclass
+class Own:
+    """The error of the one step that made a tensor: how far it is from the float64 result of the backend's own
+    inputs of that step.
+
+    Attributes:
+        worst: greatest own error over the bound that this step alone allows.
+        place, value, reference, bound: of that element; `reference` is the replayed step's.
+        beyond: how many elements are above that bound.
+        error, inherited: of the element that the verdict names: value - replayed, and replayed - reference, what its
+            inputs had brought along. They add up to the whole error.
+    """
+
+    worst: float
+    place: list[int]
+    value: float
+    reference: float
+    bound: float
+    beyond: int
+    error: float
+    inherited: float
+
+    def summary(self, tensor: str) -> str:
+        return (f"{tensor}{self.place or ''} = {self.value:.9g}, its own inputs give {self.reference:.9g} "
+                f"+- {self.bound:.2g} (own error / bound {self.worst:.3g})")
+
+
+@dataclass
 class TensorVerdict:
     """What was compared for one tensor, and its worst element.
 
@@ -33,6 +60,7 @@ class TensorVerdict:
         histogram: elements by error / bound, see RATIO_EDGES.
         problem: why there is nothing to compare: missing, wrong shape, wrong dtype.
         xfail: why it was expected not to conform, where it was and does not (`conformance.xfail`).
+        own: the part of the error that this tensor's own step made, where it was replayed.
     """
 
     tensor: str
@@ -49,6 +77,7 @@ class TensorVerdict:
     histogram: list[int] = field(default_factory=lambda: [0] * (len(RATIO_EDGES) + 1))
     problem: str = ""
     xfail: str = ""
+    own: Own | None = None
 
     @property
     def conforms(self) -> bool:
@@ -87,13 +116,15 @@ def ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(quotient), np.inf, quotient)
 
 
-def judge(tensor: str, phase: str, value: np.ndarray, expected: Tracked) -> TensorVerdict:
-    """Compare a float32 tensor with the reference, element by element."""
+def judge(tensor: str, phase: str, value: np.ndarray, expected: Tracked,
+          replayed: Tracked | None = None) -> TensorVerdict:
+    """Compare a float32 tensor with the reference, element by element; and with the replay of its own step."""
     problem = unfit(value, expected.value.shape)
-    return missing(tensor, phase, problem) if problem else _compare(tensor, phase, value, expected)
+    return missing(tensor, phase, problem) if problem else _compare(tensor, phase, value, expected, replayed=replayed)
 
 
-def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: RowGradient) -> TensorVerdict:
+def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: RowGradient,
+               replayed: RowGradient | None = None) -> TensorVerdict:
     """Compare a sparse gradient, its duplicates summed first. Rows left out count as zero; rows too many fail."""
     indices = np.asarray(indices)
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
@@ -102,22 +133,31 @@ def judge_rows(tensor: str, indices: np.ndarray, values: np.ndarray, expected: R
         problem = unfit(values, (len(indices), *expected.gradient.value.shape[1:]))
     if problem:
         return missing(tensor, "backward", problem)
-    rows, sums = coalesce(indices, values)
-    extra = np.setdiff1d(rows, expected.rows)
+    extra = np.setdiff1d(indices, expected.rows)
     if extra.size:
         return missing(tensor, "backward", f"row {int(extra[0])} has a gradient and was not looked up")
-    complete = np.zeros(expected.gradient.value.shape)
-    complete[np.searchsorted(expected.rows, rows)] = sums
-    return _compare(tensor, "backward", complete, expected.gradient, rows=expected.rows)
+    complete = complete_rows(expected.rows, indices, values)
+    return _compare(tensor, "backward", complete, expected.gradient, rows=expected.rows,
+                    replayed=replayed.gradient if replayed else None)
 
 
-def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: "Updated", step: int) -> TensorVerdict:
+def complete_rows(expected: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A sparse gradient as float64 sums of each of the `expected` rows, ascending; zero for those that it lacks."""
+    rows, sums = coalesce(indices, values)
+    complete = np.zeros((len(expected), *values.shape[1:]))
+    complete[np.searchsorted(expected, rows)] = sums
+    return complete
+
+
+def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: "Updated", step: int,
+                 replayed: "Updated | None" = None) -> TensorVerdict:
     """Compare a parameter or a moment after a step; rows that the step does not concern must keep their bits."""
     problem = unfit(after, before.shape)
     if problem:
         return missing(tensor, "update", problem)
     rows = slice(None) if expected.rows is None else expected.rows
-    verdict = _compare(tensor, "update", after[rows], expected.new, expected.rows, before[rows], step)
+    verdict = _compare(tensor, "update", after[rows], expected.new, expected.rows, before[rows], step,
+                       replayed.new if replayed else None)
     if expected.rows is not None:
         untouched = np.ones(len(before), bool)
         untouched[rows] = False
@@ -140,21 +180,40 @@ def unfit(value: object, shape: tuple[int, ...]) -> str:
 
 
 def _compare(tensor: str, phase: str, value: np.ndarray, expected: Tracked, rows: np.ndarray | None = None,
-             null: np.ndarray | float = 0.0, step: int = 0) -> TensorVerdict:
+             null: np.ndarray | float = 0.0, step: int = 0, replayed: Tracked | None = None) -> TensorVerdict:
     """`rows` names the rows of `value` in messages; `null` is the null result (see TensorVerdict)."""
     if value.size == 0:
         return TensorVerdict(tensor, phase, step=step)
     bound = expected.reach
     ratios = ratio(np.abs(value - expected.value), bound)
     place = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
-    named = [int(i) for i in place]
-    if rows is not None:
-        named[0] = int(rows[place[0]])
     scale = float(np.sqrt(np.mean(expected.value**2)))
     distance = np.abs(expected.value - null)
     return TensorVerdict(
-        tensor, phase, elements=value.size, worst=float(ratios[place]), place=named, value=float(value[place]),
+        tensor, phase, elements=value.size, worst=float(ratios[place]), place=_named(place, rows),
+        value=float(value[place]),
         reference=float(expected.value[place]), bound=float(bound[place]), step=step,
         tightness=float(np.sqrt(np.mean(bound**2))) / scale if scale else 0.0,
         null_ratio=float(ratio(distance, bound).max()) if distance.any() else None,
-        histogram=np.bincount(np.searchsorted(RATIO_EDGES, ratios.ravel()), minlength=len(RATIO_EDGES) + 1).tolist())
+        histogram=np.bincount(np.searchsorted(RATIO_EDGES, ratios.ravel()), minlength=len(RATIO_EDGES) + 1).tolist(),
+        own=_own(value, expected, replayed, place, rows) if replayed else None)
+
+
+def _own(value: np.ndarray, expected: Tracked, replayed: Tracked, place: tuple[np.intp, ...],
+         rows: np.ndarray | None) -> Own:
+    """A result that its inputs make infinite or NaN is no error of its own step."""
+    with np.errstate(invalid="ignore"):
+        error = value - replayed.value
+        inherited = replayed.value[place] - expected.value[place]
+    both = ~np.isfinite(value) & ~np.isfinite(replayed.value)
+    ratios = ratio(np.where(both, 0, np.abs(error)), replayed.reach)
+    worst = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
+    return Own(float(ratios[worst]), _named(worst, rows), float(value[worst]), float(replayed.value[worst]),
+               float(replayed.reach[worst]), int((ratios > 1).sum()), float(error[place]), float(inherited))
+
+
+def _named(place: tuple[np.intp, ...], rows: np.ndarray | None) -> list[int]:
+    named = [int(i) for i in place]
+    if rows is not None:
+        named[0] = int(rows[place[0]])
+    return named

@@ -12,6 +12,7 @@ import numpy as np
 
 from dlrm_caffe2.engine import NetEngine
 from dlrm_caffe2.model import constants, gradient_net, predict_net, presorted_train_net, trace_blobs, train_net
+from dlrm_caffe2.names import operator_names
 from dlrm_caffe2.optimizer import needs_distinct_rows
 from dlrm_caffe2.presorted import sorted_lookups
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
@@ -80,6 +81,10 @@ class NetModel:
         seconds = self._engine.profile(name, feeds)
         self._engine.feed(before)
         return seconds
+
+    def operators(self) -> dict[str, str]:
+        """See `spec.backend.NamesOperators`."""
+        return operator_names(self.spec, self._train_net(self.spec))
 
     def close(self) -> None:
         self._engine.close()

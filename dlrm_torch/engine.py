@@ -11,6 +11,7 @@ from torch import Tensor
 from dlrm_torch.lookups import Lookups
 from dlrm_torch.loss import mean_loss
 from dlrm_torch.model import DLRM, Tap, untapped
+from dlrm_torch.names import module_names
 from dlrm_torch.optimizer import Optimizer
 from dlrm_torch.profile import Stopwatch
 from spec.batch import Batch
@@ -110,6 +111,10 @@ class TorchModel:
                 lookups = self.module.tables.lookups(inputs.indices, inputs.lengths)
                 self.module.outputs(inputs.dense, lookups, stopwatch.tap)
         return dict(stopwatch.seconds)
+
+    def operators(self) -> dict[str, str]:
+        """See `spec.backend.NamesOperators`."""
+        return module_names(self.spec)
 
     def close(self) -> None:
         self.module = self._optimizer = None

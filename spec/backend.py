@@ -78,6 +78,15 @@ class Model(Protocol):
 
 
 @runtime_checkable
+class NamesOperators(Protocol):
+    """What a Model may offer besides, so that a report can name the operator or layer at fault."""
+
+    def operators(self) -> dict[str, str]:
+        """What makes each tensor of a trace, and what updates each parameter and moment, by the tensor's name:
+        "FC (operator 3 of tiny_gradient)", "Linear bottom.1". Tensors may be left out."""
+
+
+@runtime_checkable
 class Backend(Protocol):
     name: str
     trains: bool

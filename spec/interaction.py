@@ -4,35 +4,34 @@ import numpy as np
 
 from spec import rounding
 from spec.model import ModelSpec
-from spec.rounding import Tracked
+from spec.rounding import Tap, Tracked
 
 
-def forward(spec: ModelSpec, vectors: list[Tracked]) -> dict[str, Tracked]:
-    """The interaction's tensors, by name, from the dense vector and the pooled vectors, F of [B, E]."""
+def forward(spec: ModelSpec, vectors: list[Tracked], tap: Tap) -> Tracked:
+    """The output, from the dense vector and the pooled vectors, F of [B, E]."""
     if spec.interaction.kind == "cat":
-        return {"interaction.output": rounding.concatenate(vectors, 1)}
-    features_BFE = rounding.stack(vectors, 1)
-    products_BFF = _products(features_BFE)
+        return tap("interaction.output", rounding.concatenate(vectors, 1))
+    features_BFE = tap("interaction.features", rounding.stack(vectors, 1))
+    products_BFF = tap("interaction.products", _products(features_BFE))
     first, second = _pairs(spec)
-    output = rounding.concatenate([vectors[0], products_BFF[:, first, second]], 1)
-    return {"interaction.features": features_BFE, "interaction.products": products_BFF, "interaction.output": output}
+    return tap("interaction.output", rounding.concatenate([vectors[0], products_BFF[:, first, second]], 1))
 
 
-def backward(spec: ModelSpec, tensors: dict[str, Tracked],
-             doutput: Tracked) -> tuple[dict[str, Tracked], list[Tracked]]:
-    """(gradients of the interaction's inner tensors by name, gradients of the F vectors)."""
+def backward(spec: ModelSpec, features: Tracked | None, doutput: Tracked, tap: Tap) -> list[Tracked]:
+    """Gradients of the F vectors; `features` [B, F, E] of `dot`."""
     dimension = spec.embedding_dim
     if spec.interaction.kind == "cat":
-        return {}, [doutput[:, i * dimension:(i + 1) * dimension] for i in range(spec.interacting_vectors)]
+        return [doutput[:, i * dimension:(i + 1) * dimension] for i in range(spec.interacting_vectors)]
     batch, vectors = len(doutput.value), spec.interacting_vectors
     dproducts = Tracked(*(np.zeros((batch, vectors, vectors)) for _ in range(2)))
     first, second = _pairs(spec)
     for source, target in zip(doutput, dproducts, strict=True):
         target[:, first, second] = source[:, dimension:]
-    dfeatures = _products_gradient(tensors["interaction.features"], dproducts)
+    dproducts = tap("interaction.products_grad", dproducts)
+    dfeatures = tap("interaction.features_grad", _products_gradient(features, dproducts))
     dvectors = [dfeatures[:, i] for i in range(vectors)]
     dvectors[0] = rounding.add(doutput[:, :dimension], dvectors[0])
-    return {"interaction.features_grad": dfeatures, "interaction.products_grad": dproducts}, dvectors
+    return dvectors
 
 
 def _pairs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:

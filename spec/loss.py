@@ -1,5 +1,7 @@
 """Reference forward and backward of the losses (SPEC.md, 6)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,24 +15,27 @@ FLOOR = float(np.float32(1e-20))
 
 
 class LossResult(NamedTuple):
-    """`loss` scalar; `dprobability` [B, 1], None for bce_logits; `dlogit` [B, 1]; `kinks`: samples at a kink."""
+    """`loss` scalar; `dprobability` [B, 1], None for bce_logits; `dlogit` gives the gradient [B, 1] of the logit from
+    the gradient of the probability; `kinks`: samples at a kink."""
 
     loss: Tracked
     dprobability: Tracked | None
-    dlogit: Tracked
+    dlogit: Callable[[Tracked | None], Tracked]
     kinks: int
 
 
 def evaluate(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
-             engine_probability: np.ndarray | None = None) -> LossResult:
+             engine_probability: np.ndarray | None = None, replay: bool = False) -> LossResult:
     """Mean loss over the batch, and its gradients, for logit, probability and label [B, 1].
 
-    `engine_probability` decides on which side of a clip's bound the engine is, where it may be on either.
+    `engine_probability` decides on which side of a clip's bound the engine is, where it may be on either. In a
+    `replay` the probability is the engine's, and what follows from it does not follow from the logit.
     """
-    if loss.kind == "mse":
-        return _mse(logit, probability, label)
     if loss.kind == "bce_logits":
         return _bce_logits(logit, label)
+    logit = None if replay else logit
+    if loss.kind == "mse":
+        return _mse(logit, probability, label)
     return _bce(loss, logit, probability, label, engine_probability)
 
 
@@ -41,7 +46,7 @@ def _mean(terms: Tracked) -> Tracked:
     return Tracked(total / batch, variance / batch**2 + 2 * ROUND * (total / batch) ** 2)
 
 
-def _mse(logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
+def _mse(logit: Tracked | None, probability: Tracked, label: np.ndarray) -> LossResult:
     batch = len(label)
     difference = probability.value - label
     variance = probability.variance + ROUND * difference**2
@@ -50,7 +55,7 @@ def _mse(logit: Tracked, probability: Tracked, label: np.ndarray) -> LossResult:
     squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * ROUND * square**2 + expanded)
     gradient = 2 * difference / batch
     dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * ROUND * gradient**2)
-    return LossResult(_mean(squares), dprobability, rounding.sigmoid_gradient(logit, probability, dprobability), 0)
+    return LossResult(_mean(squares), dprobability, partial(rounding.sigmoid_gradient, logit, probability), 0)
 
 
 def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
@@ -61,10 +66,10 @@ def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
     slope = sigmoid.value * (1 - label) - rounding.sigmoid_value(-z) * label  # sigmoid(z) - label, never cancelling
     terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2))
     dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * ROUND * slope**2) / batch**2)
-    return LossResult(_mean(terms), None, dlogit, 0)
+    return LossResult(_mean(terms), None, lambda _: dlogit, 0)
 
 
-def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
+def _bce(loss: Loss, logit: Tracked | None, probability: Tracked, label: np.ndarray,
          engine_probability: np.ndarray | None) -> LossResult:
     """-w log(max(q, FLOOR)) with q the probability of the sample's own class, after the clip.
 
@@ -74,7 +79,7 @@ def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
     batch, positive = len(label), label == 1
     weight = np.ones_like(label) if loss.weights is None else np.where(
         positive, *(float(np.float32(w)) for w in reversed(loss.weights)))
-    own = np.where(positive, probability.value, rounding.sigmoid_value(-logit.value))
+    own = np.where(positive, probability.value, rounding.complement(logit, probability))
     variance = probability.variance + np.where(positive, 0, ROUND * own**2)
     inside, edge = np.ones_like(positive), np.zeros_like(positive)
     if loss.clip:
@@ -100,8 +105,11 @@ def _bce(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray,
     flip = np.where(edge, FLIP * unclipped**2, 0) if engine_probability is None else 0
     dprobability = Tracked(np.where(inside, unclipped, 0), np.where(inside | edge, gradient_variance, 0) + flip)
 
-    dlogit = rounding.sigmoid_gradient(logit, probability, dprobability)
     true = np.where(inside, sign * weight / batch * (1 - own), 0)
-    dlogit = Tracked(np.where(saturated, true, dlogit.value),
-                     np.where(saturated, (weight / batch) ** 2, dlogit.variance))
-    return LossResult(_mean(terms), dprobability, dlogit, int((saturated | edge).sum()))
+
+    def logit_gradient(dprobability: Tracked) -> Tracked:
+        dlogit = rounding.sigmoid_gradient(logit, probability, dprobability)
+        return Tracked(np.where(saturated, true, dlogit.value),
+                       np.where(saturated, (weight / batch) ** 2, dlogit.variance))
+
+    return LossResult(_mean(terms), dprobability, logit_gradient, int((saturated | edge).sum()))

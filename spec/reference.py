@@ -12,7 +12,7 @@ from spec.batch import Batch
 from spec.model import ModelSpec
 from spec.parameters import Arrays
 from spec.pooling import RowGradient
-from spec.rounding import C, Tracked, exact
+from spec.rounding import C, Tracked, exact, recorded
 
 
 @dataclass
@@ -31,50 +31,65 @@ class Evaluation:
 
 
 def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool = True,
-             engine: Arrays | None = None) -> Evaluation:
+             engine: Arrays | None = None, replay: bool = False) -> Evaluation:
     """Forward, and backward if asked for, in float64 from float32 parameters and batch.
 
     `engine` is the trace of the engine under judgement. It decides what rounding leaves open, and only that:
     where a value is within reach of a kink, the gradient follows the side that the engine was on; where a
     saturated probability leaves next to nothing known of the logit's gradient, what lies behind it follows
     from the engine's own. Without `engine` the variances allow for every outcome.
+
+    With `replay` every tensor is computed from the engine's own inputs of it, as they were recorded: the engine's
+    error in that one step is left, and the variance that the step alone allows.
     """
-    result = Evaluation()
-    tensors, engine = result.tensors, engine or {}
+    run = _Run(engine or {}, replay)
     wide = {name: parameters[name].astype(np.float64) for name in parameters if not name.startswith("tables.")}
 
     dense = exact(batch.dense)
-    vectors = [_mlp(spec, "bottom", dense, wide, result)]
+    vectors = [_mlp(spec, "bottom", dense, wide, run)]
     for number, table in enumerate(spec.tables):
         name = f"tables.{number}"
-        tensors[f"{name}.pooled"] = pooling.forward(
+        vectors.append(run.tap(f"{name}.pooled", pooling.forward(
             table, parameters[f"{name}.weight"], parameters.get(f"{name}.pooling"),
-            batch.indices[number], batch.lengths[number])
-        vectors.append(tensors[f"{name}.pooled"])
-    tensors.update(interaction.forward(spec, vectors))
-    probability = _mlp(spec, "top", tensors["interaction.output"], wide, result)
-    tensors["probability"] = probability
+            batch.indices[number], batch.lengths[number])))
+    probability = _mlp(spec, "top", interaction.forward(spec, vectors, run.tap), wide, run)
 
     last = len(spec.top.widths) - 1
     logit = f"top.{last}.preactivation"
-    losses = loss.evaluate(spec.loss, tensors[logit], probability, batch.label.astype(np.float64),
-                           _own(engine, "probability", probability))
-    tensors["loss"] = losses.loss
+    losses = loss.evaluate(spec.loss, run.used[logit], probability, batch.label.astype(np.float64),
+                           run.own("probability", probability), replay)
+    run.tap("loss", losses.loss)
     if losses.kinks:
-        result.kinks["probability"] = losses.kinks
+        run.result.kinks["probability"] = losses.kinks
     if gradients:
-        if losses.dprobability is not None:
-            tensors["probability_grad"] = losses.dprobability
-        tensors[f"{logit}_grad"] = losses.dlogit
-        start = _decided(losses.dlogit, _own(engine, f"{logit}_grad", losses.dlogit))
-        _backward(spec, parameters, batch, wide, dense, start, result, engine)
-    return result
+        dprobability = losses.dprobability
+        if dprobability is not None:
+            dprobability = run.tap("probability_grad", dprobability)
+        dlogit = losses.dlogit(dprobability)
+        used = run.tap(f"{logit}_grad", dlogit)
+        start = used if replay else _decided(dlogit, run.own(f"{logit}_grad", dlogit))
+        _backward(spec, parameters, batch, wide, dense, start, run)
+    return run.result
 
 
-def _own(engine: Arrays, name: str, expected: Tracked) -> np.ndarray | None:
-    """The engine's own tensor, if it is one of the right shape. Where it is not, the judge says so."""
-    own = engine.get(name)
-    return own if isinstance(own, np.ndarray) and own.shape == expected.value.shape else None
+class _Run:
+    """One evaluation. `result` holds what was computed, `used` what the steps after it went on with."""
+
+    def __init__(self, engine: Arrays, replay: bool) -> None:
+        self.engine, self.replay = engine, replay
+        self.result, self.used = Evaluation(), {}
+
+    def tap(self, name: str, tensor: Tracked) -> Tracked:
+        """See `rounding.Tap`. A replay goes on with the engine's own tensor."""
+        own = self.own(name, tensor) if self.replay else None
+        self.result.tensors[name] = tensor
+        self.used[name] = tensor if own is None else recorded(own)
+        return self.used[name]
+
+    def own(self, name: str, expected: Tracked) -> np.ndarray | None:
+        """The engine's own tensor, if it is one of the right shape. Where it is not, the judge says so."""
+        own = self.engine.get(name)
+        return own if isinstance(own, np.ndarray) and own.shape == expected.value.shape else None
 
 
 def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
@@ -89,59 +104,55 @@ def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
     return Tracked(np.where(open_, engine, dlogit.value), np.where(open_, 0, dlogit.variance))
 
 
-def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation) -> Tracked:
-    """All layers; every activation is recorded but the top's last, which is the probability."""
+def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, run: _Run) -> Tracked:
+    """All layers; the top's last activation is the probability."""
     layers = len(spec.layer_sizes[mlp])
     for layer in range(layers):
         name = f"{mlp}.{layer}"
-        z = rounding.fully_connected(x, wide[f"{name}.weight"], wide[f"{name}.bias"])
-        result.tensors[f"{name}.preactivation"] = z
+        z = run.tap(f"{name}.preactivation",
+                    rounding.fully_connected(x, wide[f"{name}.weight"], wide[f"{name}.bias"]))
         if mlp == "top" and layer == layers - 1:
-            return rounding.sigmoid(z)
+            return run.tap("probability", rounding.sigmoid(z))
         if getattr(spec, mlp).activation == "relu":
-            x = rounding.relu(z)
+            x = run.tap(f"{name}.activation", rounding.relu(z))
             kinks = int(rounding.near(z, 0).sum())
             if kinks:
-                result.kinks[f"{name}.preactivation"] = kinks
+                run.result.kinks[f"{name}.preactivation"] = kinks
         else:
-            x = rounding.sigmoid(z)
-        result.tensors[f"{name}.activation"] = x
+            x = run.tap(f"{name}.activation", rounding.sigmoid(z))
     return x
 
 
 def _backward(spec: ModelSpec, parameters: Arrays, batch: Batch, wide: Arrays, dense: Tracked,
-              dlogit: Tracked, result: Evaluation, engine: Arrays) -> None:
-    tensors = result.tensors
-    doutput = _mlp_backward(spec, "top", tensors["interaction.output"], wide, result, engine, dlogit)
-    tensors["interaction.output_grad"] = doutput
-    inner, dvectors = interaction.backward(spec, tensors, doutput)
-    tensors.update(inner)
+              dlogit: Tracked, run: _Run) -> None:
+    x = run.used["interaction.output"]
+    doutput = run.tap("interaction.output_grad", _mlp_backward(spec, "top", x, wide, run, dlogit))
+    dvectors = interaction.backward(spec, run.used.get("interaction.features"), doutput, run.tap)
     for number, table in enumerate(spec.tables):
         name = f"tables.{number}"
-        tensors[f"{name}.pooled_grad"] = dvectors[number + 1]
         weight, learned = pooling.backward(
             table, parameters[f"{name}.weight"], parameters.get(f"{name}.pooling"),
-            batch.indices[number], batch.lengths[number], dvectors[number + 1])
-        result.rows[f"{name}.weight"] = weight
+            batch.indices[number], batch.lengths[number], run.tap(f"{name}.pooled_grad", dvectors[number + 1]))
+        run.result.rows[f"{name}.weight"] = weight
         if learned is not None:
-            result.rows[f"{name}.pooling"] = learned
-    _mlp_backward(spec, "bottom", dense, wide, result, engine, dvectors[0])
+            run.result.rows[f"{name}.pooling"] = learned
+    _mlp_backward(spec, "bottom", dense, wide, run, dvectors[0])
 
 
-def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, result: Evaluation, engine: Arrays,
-                  dy: Tracked) -> Tracked:
-    """From the gradient `dy` of the MLP's last recorded tensor to that of its input `x`, which is returned."""
-    tensors = result.tensors
+def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, run: _Run, dy: Tracked) -> Tracked:
+    """From the gradient `dy` of the MLP's output, of the top's last preactivation, to that of its input `x`, which
+    is returned."""
     for layer in reversed(range(len(spec.layer_sizes[mlp]))):
         name = f"{mlp}.{layer}"
-        if f"{name}.activation" in tensors:
-            tensors[f"{name}.activation_grad"] = dy
-            z = tensors[f"{name}.preactivation"]
-            dy = (rounding.relu_gradient(z, dy, _own(engine, f"{name}.preactivation", z))
-                  if getattr(spec, mlp).activation == "relu"
-                  else rounding.sigmoid_gradient(z, tensors[f"{name}.activation"], dy))
-            tensors[f"{name}.preactivation_grad"] = dy
-        source = tensors[f"{mlp}.{layer - 1}.activation"] if layer else x
+        if f"{name}.activation" in run.used:
+            dy = run.tap(f"{name}.activation_grad", dy)
+            z = run.used[f"{name}.preactivation"]
+            dy = run.tap(f"{name}.preactivation_grad",
+                         rounding.relu_gradient(z, dy, run.own(f"{name}.preactivation", z))
+                         if getattr(spec, mlp).activation == "relu"
+                         else rounding.sigmoid_gradient(None if run.replay else z, run.used[f"{name}.activation"], dy))
+        source = run.used[f"{mlp}.{layer - 1}.activation"] if layer else x
         dw, db, dy = rounding.fully_connected_gradient(source, wide[f"{name}.weight"], dy)
-        tensors[f"{name}.weight_grad"], tensors[f"{name}.bias_grad"] = dw, db
+        run.tap(f"{name}.weight_grad", dw)
+        run.tap(f"{name}.bias_grad", db)
     return dy

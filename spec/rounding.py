@@ -8,6 +8,7 @@ r = u^2 / 3. Terms of mixed signs make sum s^2 about n / 2 sum t^2 (a random wal
 n / 3 y^2, as a plain sum of n ReLU outputs really shows. Hence r n / 2 (sum t^2 + y^2) for any sum.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,10 @@ class Tracked(NamedTuple):
         return Tracked(self.value.reshape(shape), self.variance.reshape(shape))
 
 
+Tap = Callable[[str, Tracked], Tracked]
+"""Sees every tensor under its name as it is computed, and returns what the computation goes on with."""
+
+
 def exact(value: np.ndarray) -> Tracked:
     """A value that has no error: an input, or a parameter as the engine itself holds it."""
     value = np.asarray(value, np.float64)
@@ -60,6 +65,12 @@ def exact(value: np.ndarray) -> Tracked:
 def summed(n: float | np.ndarray, squares: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
     """Local variance of a sum of n roundings: `squares` is the sum of t^2, y the result."""
     return n * (ROUND / 2 * (squares + y**2) + UNDERFLOW**2)
+
+
+def recorded(value: np.ndarray) -> Tracked:
+    """An engine's own tensor, as its trace shows it: one rounding away from what it may have gone on with."""
+    value = np.asarray(value, np.float64)
+    return Tracked(value, ROUND * value**2)
 
 
 def concatenate(parts: list[Tracked], axis: int) -> Tracked:
@@ -131,9 +142,14 @@ def sigmoid(z: Tracked) -> Tracked:
     return Tracked(y, slope**2 * z.variance + FUNCTION * y**2 + UNDERFLOW**2)
 
 
-def sigmoid_gradient(z: Tracked, y: Tracked, dy: Tracked) -> Tracked:
-    """dy y (1 - y), where the engine uses its own rounded y (Caffe2's SigmoidGradient)."""
-    slope = y.value * sigmoid_value(-z.value)
+def complement(z: Tracked | None, y: Tracked) -> np.ndarray:
+    """1 - y for y = sigmoid(z): from z, which cancels nothing; of an engine's own y, without z, as it is."""
+    return 1 - y.value if z is None else sigmoid_value(-z.value)
+
+
+def sigmoid_gradient(z: Tracked | None, y: Tracked, dy: Tracked) -> Tracked:
+    """dy y (1 - y), where the engine uses its own rounded y (Caffe2's SigmoidGradient). z: see `complement`."""
+    slope = y.value * complement(z, y)
     dz = dy.value * slope
     from_y = (dy.value * (1 - 2 * y.value)) ** 2 * y.variance
     return Tracked(dz, slope**2 * dy.variance + from_y + 3 * ROUND * dz**2 + UNDERFLOW**2)

@@ -1,6 +1,7 @@
 """The `dlrm` command. Commands import what they need when they run, so that --help stays instant."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def spec_schema() -> None:
 @main.command(epilog=_example(
     "dlrm conform tiny",
     "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report",
+    "dlrm conform tiny --backend torch --only top.1.weight_grad",
     "dlrm conform tiny --write-bundle bundle",
     "dlrm conform --bundle bundle",
     "dlrm conform --template my_port.py"))
@@ -111,6 +113,9 @@ def spec_schema() -> None:
 @click.option("--xfail", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML of [[xfail]] entries: backend, tensor, reason, and optionally preset, phase, optimizer. What "
                    "they match may fail; see conformance/PORTING.md.")
+@click.option("--only", metavar="TENSOR",
+              help="Look at the one step of one backend that makes this tensor, a parameter's update included: its "
+                   "inputs, and its own error. With --optimizer, that of training step --steps.")
 @click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
               help="Run nothing: write a backend to start a port from; see conformance/PORTING.md.")
 @click.option("--write-bundle", type=click.Path(path_type=Path), metavar="DIR",
@@ -119,8 +124,8 @@ def spec_schema() -> None:
               help="Run nothing: judge the results in DIR/results; --backend names those to judge.")
 def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
-            json_path: Path | None, xfail: Path | None, template: Path | None, write_bundle: Path | None,
-            bundle: Path | None) -> None:
+            json_path: Path | None, xfail: Path | None, only: str | None, template: Path | None,
+            write_bundle: Path | None, bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
     SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
@@ -140,7 +145,7 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         from tools.bundle import judge
         raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path, xfail) else 1)
     loaded = [_load(name, max_rows) for name in specs]
-    optimizers = optimizers or OPTIMIZERS
+    given, optimizers = optimizers, optimizers or OPTIMIZERS
     if write_bundle:
         _reject("--write-bundle", backends, out, json_path, xfail, specs[1:])
         from tools.bundle import write
@@ -148,14 +153,21 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         return
     from spec.threads import wait_without_spinning
     wait_without_spinning()
+    if only:
+        _reject("--only", out, json_path, xfail, specs[1:], backends[1:], given[1:])
+        from tools.only import run as look
+        ok = look(loaded[0], backends, only, given, steps or 1, batch_size, data, seed, device)
+        raise click.exceptions.Exit(0 if ok else 1)
     from tools.conform import run
+    cap = f" --max-rows {max_rows}" if max_rows else ""
     ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
-             json_path, xfail)
+             json_path, xfail, [shlex.quote(name) + cap for name in specs])
     raise click.exceptions.Exit(0 if ok else 1)
 
 
 def _reject(option: str, *others: object) -> None:
     takes = {"--template": "no other option",
+             "--only": "one spec, one --backend, one --optimizer at most, and no report",
              "--bundle": "--backend, --xfail, --out and --json alone",
              "--write-bundle": "one spec, no backend and no report"}
     if any(other not in (None, ()) for other in others):

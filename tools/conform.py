@@ -1,8 +1,9 @@
 """`dlrm conform`: cases, backends, a progress bar and reports."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,12 +18,15 @@ from spec.backend import backend_names, load_backend
 from spec.errors import InputError
 from spec.files import check_writable
 from spec.model import ModelSpec
+from tools import only
 
 
 def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[str], steps: int,
         batch_size: int | None, source: str, seed: int, device: str, out: Path | None, json_path: Path | None,
-        xfail: Path | None) -> bool:
+        xfail: Path | None, arguments: Sequence[str]) -> bool:
     """Run everything, print and write the reports; True when all that ran conforms.
+
+    `arguments`: how the command line names each spec, for the commands in the report ("tiny --max-rows 9").
 
     Raises InputError for bad data, an unknown backend, one asked for by name that is not installed, and an
     output that can't be written, all before anything runs.
@@ -43,7 +47,13 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
             def advance(message: str, name: str = case.spec.name) -> None:
                 progress.update(task, advance=1, description=f"{name}: {message}")
             results.append(run_case(case, backends, device, advance, expected))
-    return write_reports(results, out, json_path, expected)
+    given = dict(zip((backend.name for backend in backends), names, strict=True)) if names else {}
+
+    def add_commands(report: dict[str, Any]) -> None:
+        for case, argument in zip(report["cases"], arguments, strict=True):
+            only.add_commands(case, argument, given)
+
+    return write_reports(results, out, json_path, expected, add_commands)
 
 
 def check_outputs(out: Path | None, json_path: Path | None) -> None:
@@ -54,9 +64,11 @@ def check_outputs(out: Path | None, json_path: Path | None) -> None:
 
 
 def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Path | None,
-                  expected: ExpectedFailures | None) -> bool:
-    """Print the report, write it where asked for; whether it conforms."""
+                  expected: ExpectedFailures | None,
+                  complete: Callable[[dict[str, Any]], None] = lambda report: None) -> bool:
+    """Print the report, `complete` as it is made by that, and write it where asked for; whether it conforms."""
     report = reports.as_dict(list(results), expected)
+    complete(report)
     if json_path:
         reports.write_json(report, json_path)
     if out:
