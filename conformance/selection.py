@@ -52,7 +52,8 @@ def _at_kink(spec: ModelSpec, parameters: Arrays, batch: Batch) -> np.ndarray:
         if name.endswith(".activation") and getattr(spec, name.split(".")[0]).activation == "relu":
             kink |= rounding.near(tensors[name.replace(".activation", ".preactivation")], 0).any(1)
     logit = tensors[f"top.{len(spec.top.widths) - 1}.preactivation"]
-    dlogit = loss.evaluate(spec.loss, logit, tensors["probability"], batch.label.astype(np.float64)).dlogit
+    losses = loss.evaluate(spec.loss, logit, tensors["probability"], batch.label.astype(np.float64))
+    dlogit = losses.dlogit(losses.dprobability)
     return kink | (C * dlogit.reach > np.abs(dlogit.value))[:, 0]
 
 
