@@ -142,6 +142,15 @@ def test_the_page_is_whole_and_self_contained(tmp_path, content):
         ElementTree.fromstring(drawing)
 
 
+def test_the_page_says_what_was_disturbed(tmp_path):
+    content = made()
+    write_html(content, tmp_path / "quiet.html")
+    content["results"][0]["backends"][1]["disturbed"] = 0.4
+    write_html(content, tmp_path / "busy.html")
+    text = "other programs took up to 40 % of the cores"
+    assert text in (tmp_path / "busy.html").read_text() and text not in (tmp_path / "quiet.html").read_text()
+
+
 def test_bars_are_as_long_as_their_times():
     (result,) = made()["results"]
     drawn = plots.bars(result)

@@ -9,6 +9,7 @@ from spec.files import write_text
 from tools.bench import plots
 from tools.bench.console import milliseconds, title
 from tools.bench.operators import TITLES
+from tools.bench.quiet import DISTURBED
 from tools.bench.report import Report
 
 
@@ -21,7 +22,8 @@ def write_html(report: Report, path: Path) -> None:
     environment.filters.update(ms=milliseconds, title=title, rate=_rate, heat=_heat)
     names = list(dict.fromkeys(backend["backend"] for result in report["results"] for backend in result["backends"]))
     page = environment.get_template("page.html.j2").render(
-        report=report, plots=plots, parts=TITLES, names=names, colour={name: i % 8 for i, name in enumerate(names)},
+        report=report, plots=plots, disturbed=DISTURBED, parts=TITLES, names=names,
+        colour={name: i % 8 for i, name in enumerate(names)},
         ceilings={(one["threads"], one["rows"], one["width"]): one for one in report["ceilings"]}.values(),
         growth=plots.growth_plots(report["results"]))
     write_text(path, page)
