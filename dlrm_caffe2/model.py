@@ -90,8 +90,14 @@ def trace_blobs(spec: ModelSpec) -> dict[str, str]:
 
 
 def _net(spec: ModelSpec, name: str, operators: Iterable[OperatorDef], outputs: Iterable[str]) -> NetDef:
-    """External inputs are the blobs that are read before they are written; the batch's come first."""
+    """External inputs are the blobs that are read before they are written; the batch's come first.
+
+    Bags of several rows keep an operator busy, and on genuine Caffe2 only one thread of it: a net of type "dag" runs
+    the tables side by side. With one row each, waking its threads costs more than they do.
+    """
     net = NetDef(name=f"{spec.name}_{name}", op=operators, external_output=outputs)
+    if any(table.fixed_lookups != 1 for table in spec.tables):
+        net.type = "dag"
     inputs = outside_blobs(net.op)
     batch = [blob for blob in batch_names(spec) if blob in inputs]
     net.external_input.extend(dict.fromkeys([*batch, *inputs]))

@@ -326,3 +326,20 @@ def test_another_version_of_the_protocol_is_refused(caffe2_engine, tmp_path, mon
     monkeypatch.setattr(caffe2, "WORKER", tmp_path / "worker.py")
     with pytest.raises(EngineError, match=f"expected protocol {protocol.VERSION} of its worker, found 99"):
         Caffe2Engine()
+
+
+def test_a_net_of_several_workers_gets_one_for_each_thread():
+    """With no number named, Caffe2 would take one for each core of the machine."""
+    net = make_net("two", *(make_operator("Relu", ["x"], [name]) for name in ("a", "b")), type="dag")
+    tasks = []
+    for threads in (1, 4):
+        engine = Caffe2Engine(threads)
+        try:
+            engine.feed({"x": np.ones(3, np.float32)})
+            engine.create(net)
+            np.testing.assert_array_equal(engine.run("two", {}, ["b"])["b"], np.ones(3, np.float32))
+            tasks.append(len(list(Path(f"/proc/{engine.pid}/task").iterdir())))
+        finally:
+            engine.close()
+    assert tasks[1] - tasks[0] == 3
+    assert net.num_workers == 0, "the caller's own net stays as it was"

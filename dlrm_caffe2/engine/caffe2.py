@@ -102,7 +102,10 @@ class Caffe2Engine:
         self._request("run_once", {"": _serialized(net)}, about=f"net '{net.name}'")
 
     def create(self, net: NetDef) -> None:
-        """Raises EngineError also for a name that is taken."""
+        """Raises EngineError also for a name that is taken. A net of several workers gets one for each thread."""
+        if net.type and not net.num_workers:
+            net = NetDef.FromString(net.SerializeToString())
+            net.num_workers = self.threads
         self._request("create", {"": _serialized(net)}, about=f"net '{net.name}'", net=net.name)
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
