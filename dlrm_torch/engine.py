@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm_torch.lookups import Lookups
 from dlrm_torch.loss import mean_loss
 from dlrm_torch.model import DLRM, Tap, untapped
 from dlrm_torch.names import module_names
@@ -38,11 +37,11 @@ def inputs_from(batch: Batch, device: str = "cpu") -> Inputs:
 
 def evaluate(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> Tensor:
     """The loss, shape ()."""
-    return _loss(model, inputs, model.tables.lookups(inputs.indices, inputs.lengths), tap)
+    return _loss(model, inputs, model.tables(inputs.indices, inputs.lengths), tap)
 
 
-def _loss(model: DLRM, inputs: Inputs, lookups: Sequence[Lookups], tap: Tap) -> Tensor:
-    logit, probability = model.outputs(inputs.dense, lookups, tap)
+def _loss(model: DLRM, inputs: Inputs, pooled: Sequence[Tensor], tap: Tap) -> Tensor:
+    logit, probability = model.outputs(inputs.dense, pooled, tap)
     return tap("loss", mean_loss(model.spec.loss, logit, probability, inputs.label))
 
 
@@ -108,8 +107,8 @@ class TorchModel:
                 self._step(inputs, stopwatch.tap)
         else:
             with torch.inference_mode(), stopwatch:
-                lookups = self.module.tables.lookups(inputs.indices, inputs.lengths)
-                self.module.outputs(inputs.dense, lookups, stopwatch.tap)
+                pooled = self.module.tables(inputs.indices, inputs.lengths)
+                self.module.outputs(inputs.dense, pooled, stopwatch.tap)
         return dict(stopwatch.seconds)
 
     def operators(self) -> dict[str, str]:
@@ -125,16 +124,12 @@ class TorchModel:
         return inputs_from(batch, self.device)
 
     def _step(self, inputs: Inputs, tap: Tap = untapped) -> float:
-        """The tables' part of the backward pass is fused with their update: autograd ends at the pooled rows."""
-        tables, pooled = self.module.tables, []
-
-        def keep_pooled(name: str, x: Tensor) -> Tensor:
-            if is_sparse(name):
-                pooled.append(x)
-            return tap(name, x)
-
+        """Autograd begins and ends at the pooled rows: the gradient of the tables is fused with their update."""
+        tables = self.module.tables
         lookups = tables.lookups(inputs.indices, inputs.lengths)
-        loss = _loss(self.module, inputs, lookups, keep_pooled)
+        with torch.no_grad():
+            pooled = tables.pool(lookups)
+        loss = _loss(self.module, inputs, [x.requires_grad_() for x in pooled], tap)
         gradients = torch.autograd.grad(loss, [*pooled, *self._optimizer.dense.values()])
         pooled_gradients = [torch.cat([gradients[number] for number in group.tables]) for group in tables.groups]
         self._optimizer.step(gradients[len(pooled):], lookups, pooled_gradients)
@@ -156,7 +151,9 @@ class TorchModel:
 
 
 def _tensor(array: np.ndarray, device: str) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"])).to(device)
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = array.copy()
+    return torch.from_numpy(array).to(device)
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -151,7 +151,7 @@ class _Traced(DLRM):
             seen[name] = x
             return x
 
-        self.outputs(dense_BD, lookups, keep)
+        self.outputs(dense_BD, self.tables.pool(lookups), keep)
         return [seen[name] for name in trace_names(self.spec, gradients=False)]
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from dlrm_torch.embedding import EmbeddingBags
-from dlrm_torch.lookups import Lookups
 from spec.model import ModelSpec
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -83,10 +82,13 @@ class DLRM(nn.Module):
             indices: for each table int64 [sum of lengths], sample by sample.
             lengths: for each table int32 [B].
         """
-        return self.outputs(dense_BD, self.tables.lookups(indices, lengths))[1]
+        return self.outputs(dense_BD, self.tables(indices, lengths))[1]
 
-    def outputs(self, dense_BD: Tensor, lookups: Sequence[Lookups], tap: Tap = untapped) -> tuple[Tensor, Tensor]:
-        """(last preactivation, probability), both [B, 1]: some losses start from the one, some from the other."""
-        pooled = [tap(f"tables.{number}.pooled", x) for number, x in enumerate(self.tables.pool(lookups))]
+    def outputs(self, dense_BD: Tensor, pooled: Sequence[Tensor], tap: Tap = untapped) -> tuple[Tensor, Tensor]:
+        """(last preactivation, probability), both [B, 1]: some losses start from the one, some from the other.
+
+        `pooled` is what the tables give, [B, E] each.
+        """
+        pooled = [tap(f"tables.{number}.pooled", x) for number, x in enumerate(pooled)]
         _, bottom_BE = self.bottom(dense_BD, tap)
         return self.top(tap("interaction.output", self.interaction([bottom_BE, *pooled], tap)), tap)

@@ -61,6 +61,10 @@ class Optimizer:
         for group, its, gradient in zip(self._tables.groups, lookups, pooled_gradients, strict=True):
             if self._sgd:
                 gradient = gradient * -self.rate  # of fewer numbers than the rows' gradient has
+                if its.lengths is None and not group.weighted:
+                    # Nothing is saved by summing a row's occurrences first: none was multiplied into many rows.
+                    self._tables.shared("weight").index_add_(0, its.rows.long(), gradient)
+                    continue
             size = max(1, BLOCK_BYTES // (gradient.element_size() * gradient.shape[1]))
             for block in its.row_gradient_blocks(gradient, size):
                 for part, values in self._tables.gradients(group, block).items():

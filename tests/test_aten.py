@@ -57,6 +57,21 @@ def test_kept_net_runs_again_and_again(engine: AtenEngine):
         engine.create(net(DOUBLE))
 
 
+def test_what_an_operator_accepts_is_asked_again_where_sizes_depend_on_values(engine: AtenEngine):
+    """There are as many sums as distinct indices, though everything that is fed keeps its type."""
+    sums = [make_operator("Unique", ["i"], ["distinct", "places"]),
+            make_operator("UnsortedSegmentSum", ["values", "places"], ["sums"]),
+            make_operator("Sum", ["sums", "three"], ["y"])]
+    engine.feed({"i": np.array([1, 2, 3]), "values": np.ones(3, np.float32), "three": np.ones(3, np.float32)})
+    engine.create(net(*sums))
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run("net", {"i": np.array([5, 9, 7])}, ["y"])["y"], [2, 2, 2])
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"operator 2 \(Sum\): .*expected shape \[2\], found \[3\]"):
+            engine.run("net", {"i": np.array([5, 9, 5])})
+    np.testing.assert_array_equal(engine.run("net", {"i": np.array([5, 9, 7])}, ["y"])["y"], [2, 2, 2])
+
+
 def test_error_names_net_operator_and_blobs_and_the_engine_stays_usable(engine: AtenEngine):
     engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
     engine.create(net(COUNT, DOUBLE))

@@ -193,6 +193,17 @@ def test_each_step_applies_the_gradients_of_the_trace(kind):
             assert (error <= bound).all(), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_twice_gives_the_same_bits(kind):
+    """Repeated rows included: nothing is added in an order that threads decide."""
+    runs = []
+    for _ in range(2):
+        spec, model = make(kind)
+        losses = [model.train_step(random_batch(spec, 3000, seed=9, number=number)) for number in range(3)]
+        runs.append(snapshot(model) | {"losses": np.array(losses)})
+    assert_same(*runs)
+
+
 def test_read_only_and_strided_arrays_are_accepted():
     spec, model = make()
     batch = batch_of(spec)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dlrm_caffe2.check import check_net, operator_name
+from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.operators import Node, Operator, OperatorError, record
 from dlrm_caffe2.operators.record import TensorType
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
@@ -22,12 +23,30 @@ from spec.parameters import Arrays
 
 @dataclass
 class _Step:
-    """One operator of a kept net. `accepted` are the input types that its rule has let through last."""
+    """One operator of a net.
+
+    Attributes:
+        accepted: the input types that its rule has let through last.
+        sizes_vary: its rule could not tell the size of an output then: it depends on values (Unique's).
+        settled: no input comes from such a step, directly or not: the types of what the net reads decide its own.
+    """
 
     where: str
     node: Node
     operator: Operator
     accepted: tuple | None = None
+    sizes_vary: bool = False
+    settled: bool = False
+
+
+@dataclass
+class _Plan:
+    """What is known of a net before it runs. `reads` are the blobs that it needs, `types` theirs when it ran last:
+    while they stay the same, no settled step need be asked again what it accepts."""
+
+    steps: list[_Step]
+    reads: tuple[str, ...]
+    types: list | None = None
 
 
 class AtenEngine:
@@ -45,7 +64,7 @@ class AtenEngine:
         keep_freed_memory()
         self._device = torch.device(device)
         self._blobs: dict[str, Any] = {}
-        self._nets: dict[str, list[_Step]] = {}
+        self._nets: dict[str, _Plan] = {}
         self.threads = torch.get_num_threads()
         self.description = f"ATen kernels of PyTorch {torch.__version__}, {device}, {self.threads} threads"
 
@@ -93,43 +112,48 @@ class AtenEngine:
         self._blobs.clear()
         self._nets.clear()
 
-    def _plan(self, net: NetDef) -> list[_Step]:
+    def _plan(self, net: NetDef) -> _Plan:
         nodes = check_net(net, self._blobs.keys())
-        return [_Step(operator_name(net.name, number, node.type), node, record(node.type))
-                for number, node in enumerate(nodes)]
+        steps = [_Step(operator_name(net.name, number, node.type), node, record(node.type))
+                 for number, node in enumerate(nodes)]
+        return _Plan(steps, outside_blobs(net.op))
 
-    def _net(self, name: str) -> list[_Step]:
+    def _net(self, name: str) -> _Plan:
         if name not in self._nets:
             raise EngineError(f"net '{name}' does not exist; create it first")
         return self._nets[name]
 
-    def _run(self, steps: list[_Step], seconds: dict[str, float] | None = None) -> None:
+    def _run(self, plan: _Plan, seconds: dict[str, float] | None = None) -> None:
         """Run the steps; where `seconds` is given, add the time of each to that of its operator type."""
         import torch
 
+        types = [_type(self._blobs[name]) for name in plan.reads]
+        known, plan.types = types == plan.types, None
+        varying: set[str] = set()
         with torch.inference_mode():
-            for step in steps:
+            for step in plan.steps:
                 start = time.perf_counter()
                 try:
-                    self._execute(step)
+                    inputs = [self._blobs[name] for name in step.node.inputs]
+                    if not known:
+                        _check(step, inputs)
+                        step.settled = varying.isdisjoint(step.node.inputs)
+                        if step.sizes_vary or not step.settled:
+                            varying.update(step.node.outputs)
+                    elif not step.settled:
+                        _check(step, inputs)
+                    outputs = step.operator.aten(step.node, *inputs)
                 except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
                     raise EngineError(f"{step.where}: {error}") from error
+                if not isinstance(outputs, tuple):
+                    outputs = (outputs,)
+                for name, tensor in zip(step.node.outputs, outputs, strict=True):
+                    self._blobs[name] = tensor.to(self._device)  # moves what operators without inputs have made
                 if seconds is not None:
                     self._synchronize()
                     type = step.node.type
                     seconds[type] = seconds.get(type, 0.0) + time.perf_counter() - start
-
-    def _execute(self, step: _Step) -> None:
-        inputs = [self._blobs[name] for name in step.node.inputs]
-        types = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
-        if types != step.accepted:  # the rule depends on the types alone: the same ones need no second look
-            step.operator.infer(step.node, [_type(tensor) for tensor in inputs])
-            step.accepted = types
-        outputs = step.operator.aten(step.node, *inputs)
-        if not isinstance(outputs, tuple):
-            outputs = (outputs,)
-        for name, tensor in zip(step.node.outputs, outputs, strict=True):
-            self._blobs[name] = tensor.to(self._device)  # moves what operators without inputs have made
+        plan.types = types
 
     def _synchronize(self) -> None:
         import torch
@@ -138,5 +162,18 @@ class AtenEngine:
             torch.accelerator.synchronize(self._device)
 
 
-def _type(tensor: Any) -> TensorType:
-    return TensorType(np.dtype(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+def _signature(tensor: Any) -> tuple:
+    return tensor.dtype, tensor.shape
+
+
+def _type(tensor: Any) -> tuple:
+    return tensor.dtype, tensor.shape
+
+
+def _check(step: _Step, inputs: Sequence[Any]) -> None:
+    """Raise OperatorError where the step's rule refuses its inputs."""
+    types = tuple(map(_type, inputs))
+    if types != step.accepted:  # the rule depends on the types alone
+        made = step.operator.infer(step.node, [
+            TensorType(np.dtype(str(dtype).removeprefix("torch.")), tuple(shape)) for dtype, shape in types])
+        step.accepted, step.sizes_vary = types, any(-1 in output.shape for output in made)

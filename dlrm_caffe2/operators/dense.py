@@ -178,7 +178,7 @@ def _activation_gradient(type: str):
 def _relu_gradient_aten(node: Node, y, dy):
     import torch
 
-    return torch.where(y > 0, dy, 0.0)
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def _sigmoid_aten(node: Node, x):

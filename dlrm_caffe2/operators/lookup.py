@@ -24,7 +24,7 @@ from dlrm_caffe2.operators.record import (
     grad,
     gradient_operator,
 )
-from dlrm_caffe2.operators.rules import INDEX, dense, expect_dtype, expect_indices, expect_rank, expect_shape
+from dlrm_caffe2.operators.rules import INDEX, bounds, dense, expect_dtype, expect_indices, expect_rank, expect_shape
 from dlrm_caffe2.operators.segments import CONSTANTS, as_matrix, bag_sums, scattered
 
 _GRADIENT = "SparseLengthsIndicesInGradient{}Gradient"
@@ -38,13 +38,17 @@ def _expect_bags(node: Node, inputs: Sequence[TensorType], indices: int, lengths
 
 
 def _expect_total(node: Node, position: int, lengths, total: int) -> None:
-    where, fixed = f"input {position} ('{node.inputs[position]}')", node.args["fixed_lookups"]
-    if lengths.numel():
-        node.require(int(lengths.min()) >= 0, f"{where}: a length is negative")
-        node.require(not fixed or bool((lengths == fixed).all()), f"{where}: a length is not fixed_lookups, {fixed}")
-    found = int(lengths.sum())
-    node.require(found == total, f"{where}: the sum of lengths should be the number of indices: expected {total}, "
-                                 f"found {found}")
+    """The lengths are 0 or more, fixed_lookups where that is promised, and add up to `total`."""
+    fixed, (least, most) = node.args["fixed_lookups"], bounds(lengths) if lengths.numel() else (0, 0)
+    wrong = None
+    if least < 0:
+        wrong = "a length is negative"
+    elif fixed and lengths.numel() and not least == most == fixed:
+        wrong = f"a length is not fixed_lookups, {fixed}"
+    elif (found := len(lengths) * most if least == most else int(lengths.sum())) != total:
+        wrong = f"the sum of lengths should be the number of indices: expected {total}, found {found}"
+    if wrong:
+        raise node.error(f"input {position} ('{node.inputs[position]}'): {wrong}")
 
 
 def pool(rows, indices, lengths, weights=None):
@@ -89,6 +93,8 @@ def _expect_lookup(node: Node, table, indices, lengths) -> None:
 
 def _sum_aten(node: Node, table, indices, lengths):
     _expect_lookup(node, table, indices, lengths)
+    if node.args["fixed_lookups"] == 1:
+        return table.index_select(0, indices)
     return pool(table, indices, lengths)
 
 
@@ -203,6 +209,8 @@ def _spread(node: Node, dy, lengths, indices, position: int):
     import torch
 
     _expect_total(node, position, lengths, len(indices))
+    if node.args["fixed_lookups"] == 1:
+        return dy.clone()
     return torch.repeat_interleave(dy, lengths, dim=0, output_size=len(indices))
 
 

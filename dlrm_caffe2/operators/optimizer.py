@@ -35,9 +35,14 @@ def _weighted_sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[Tensor
 
 
 def _weighted_sum_aten(node: Node, x, weight, *others):
-    total = x * weight.reshape(())
+    """A weight of 1 multiplies nothing; X0 is written into where it is the output, too."""
+    first = float(weight)
+    in_place = node.outputs[0] == node.inputs[0] and node.inputs[0] not in node.inputs[2:]
+    total = x if in_place else x.clone()
+    if first != 1:
+        total *= first
     for other, weight in zip(others[::2], others[1::2], strict=True):
-        total += other.reshape(x.shape) * weight.reshape(())
+        total.add_(other.reshape(x.shape), alpha=float(weight))
     return total
 
 
@@ -98,15 +103,15 @@ def _scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     """Each listed row times w0, once for every time it is listed; then X[I[k]] += w1 * X1[k], in the order of k."""
     expect_indices(node, 2, indices, len(x))
-    indices = indices.long()  # what index_copy_ and scatter_add_ take
+    indices = indices.long()  # what index_copy_ takes; index_add_ is ten times slower with int32
     if not x1.numel():
         return x
     if float(w0) != 1:
         for positions in _occurrences(indices):
             rows = indices[positions]
             x.index_copy_(0, rows, x.index_select(0, rows) * w0.reshape(()))
-    updates = (x1 * w1.reshape(())).reshape(len(indices), -1)
-    x.view(len(x), -1).scatter_add_(0, indices.unsqueeze(1).expand_as(updates), updates)
+    # Scaled first: index_add_ is several times slower with an alpha of its own.
+    x.view(len(x), -1).index_add_(0, indices, (x1 * w1.reshape(())).reshape(len(indices), -1))
     return x
 
 

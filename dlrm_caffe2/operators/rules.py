@@ -46,12 +46,31 @@ def expect_rank(node: Node, inputs: Sequence[TensorType], position: int, least: 
                  f"{'' if greatest == least else ' or more' if greatest is None else f' to {greatest}'}, found {rank}")
 
 
+def bounds(integers) -> tuple[int, int]:
+    """The least and the greatest element of a tensor that is not empty.
+
+    Remembered on the tensor until it is written to: the operators of one table all check the same indices.
+    """
+    if integers.is_inference():  # PyTorch counts no writes to these
+        return _bounds(integers)
+    version, known = integers._version, getattr(integers, "_dlrm_bounds", None)
+    if known is None or known[0] != version:
+        integers._dlrm_bounds = known = version, _bounds(integers)
+    return known[1]
+
+
+def _bounds(integers) -> tuple[int, int]:
+    low, high = integers.aminmax()
+    return int(low), int(high)
+
+
 def expect_indices(node: Node, position: int, indices, rows: int, least: int = 0) -> None:
     """Values of an index tensor lie in [least, rows). Reads the tensor."""
     if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        node.require(least <= low and high < rows, f"input {position} ('{node.inputs[position]}'): index "
-                     f"{low if low < least else high} is out of bounds: expected {least} to {rows - 1}")
+        low, high = bounds(indices)
+        if low < least or high >= rows:
+            raise node.error(f"input {position} ('{node.inputs[position]}'): index "
+                             f"{low if low < least else high} is out of bounds: expected {least} to {rows - 1}")
 
 
 def same_as_input(position: int = 0, *dtypes: np.dtype):

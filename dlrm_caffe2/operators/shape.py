@@ -147,7 +147,8 @@ def _split_aten(node: Node, x, lengths=None):
 
     axis = _axis(node, x.dim())
     if _stacks(node):
-        return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in x.unbind(axis))
+        # All pieces in one new block of memory.
+        return x.movedim(axis, 0).clone(memory_format=torch.contiguous_format).unbind(0)
     if lengths is not None:
         sizes = lengths.reshape(-1).tolist()
         _expect_pieces(node, sizes, x.shape[axis])
