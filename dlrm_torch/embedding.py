@@ -4,8 +4,10 @@ The tables are slices of one storage, so that one lookup serves all those that a
 sparse, and hold each row once (lookups.py).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +64,7 @@ class EmbeddingBags(nn.ModuleList):
             poolings = [part if table.weighted else None for table, part in zip(tables, slices, strict=True)]
         super().__init__(map(EmbeddingBag, tables, weights, poolings))
         self.rows = sum(rows)
-        self.first = [sum(rows[:number]) for number in range(len(rows))]
+        self.first = list(accumulate(rows[:-1], initial=0))
         self.register_buffer("first_row", torch.tensor(self.first), persistent=False)
         alike = defaultdict(list)
         for number, table in enumerate(tables):
@@ -77,7 +79,8 @@ class EmbeddingBags(nn.ModuleList):
         """Pooled rows, for each table [B, E]; an empty bag gives zeros.
 
         Args:
-            indices: for each table int64 [sum of lengths], sample by sample.
+            indices: for each table int64 [sum of lengths], sample by sample. Unchecked, unlike those of a `Batch`: a
+                row beyond a table's last is one of the next table.
             lengths: for each table int32 [B].
         """
         return self.pool(self.lookups(indices, lengths))
@@ -90,9 +93,8 @@ class EmbeddingBags(nn.ModuleList):
         """As `forward`."""
         pooled: dict[int, Tensor] = {}
         for group, its in zip(self.groups, lookups, strict=True):
-            parameters = self.trained(group)
             if torch.is_grad_enabled():
-                pooled_GBE = _Pool.apply(self, group, its, *parameters)
+                pooled_GBE = _Pool.apply(self, group, its, *self.trained(group))
             else:
                 pooled_GBE = self._pooled(group, its)
             pooled |= zip(group.tables, pooled_GBE.unbind(0), strict=True)
@@ -107,17 +109,18 @@ class EmbeddingBags(nn.ModuleList):
         found = [(first, parameter) for first, bag in zip(self.first, self, strict=True)
                  if (parameter := bag._parameters.get(name)) is not None]
         first, parameter = found[0]
-        row_bytes = parameter.stride(0) * parameter.element_size()
-        base = parameter.data_ptr() - first * row_bytes
-        if any(other.data_ptr() != base + at * row_bytes for at, other in found) \
-                or parameter.untyped_storage().nbytes() < self.rows * row_bytes:
-            storage = parameter.new_empty(self.rows, *parameter.shape[1:])
+        shape = self.rows, *parameter.shape[1:]
+        width = math.prod(shape[1:])
+        item, start = parameter.element_size(), parameter.storage_offset() - first * width
+        base = parameter.data_ptr() - first * width * item
+        fits = start >= 0 and (start + self.rows * width) * item <= parameter.untyped_storage().nbytes()
+        if not fits or any(other.data_ptr() != base + at * width * item or not other.is_contiguous()
+                           for at, other in found):
+            storage = parameter.new_empty(shape)
             for at, other in found:
-                part = storage[at:at + len(other)]
-                part.copy_(other.detach())
-                other.data = part
-        start = parameter.storage_offset() - first * parameter.stride(0)
-        return parameter.detach().as_strided((self.rows, *parameter.shape[1:]), parameter.stride(), start)
+                other.data = storage[at:at + len(other)].copy_(other.detach())
+            return storage
+        return parameter.detach().as_strided((self.rows * width,), (1,), start).view(shape)
 
     def gradients(self, group: Group, gradient: RowGradient) -> dict[str, Tensor]:
         """Of `weight` [U, E], and of `pooling` [U] where it is learned, at the rows of a gradient without weights.

@@ -127,6 +127,13 @@ def reloaded(bags):
     return bags
 
 
+def transposed(bags):
+    """Memory that lies column by column."""
+    for bag in bags:
+        bag.weight.data = bag.weight.detach().T.contiguous().T
+    return bags
+
+
 def size(bags):
     """Bytes of the parameters; the storage once for each of the 160 tables would be far more."""
     return sum(x.numel() * x.element_size() for x in bags.parameters())
@@ -147,7 +154,7 @@ def pickled(bags):
     return pickle.loads(data)
 
 
-@pytest.mark.parametrize("change", [moved, reloaded, saved, pickled, copy.deepcopy])
+@pytest.mark.parametrize("change", [moved, reloaded, transposed, saved, pickled, copy.deepcopy])
 def test_tables_share_one_storage_again_whatever_was_done_to_them(change):
     kinds = [("sum", 1), ("weighted_learned", 2), ("weighted_fixed", 1), ("mean", (0, 4))] * 40
     bags = change(make(*kinds))
@@ -158,6 +165,14 @@ def test_tables_share_one_storage_again_whatever_was_done_to_them(change):
         for number, part in parts:
             whole[number * ROWS] = number
             assert (part[0] == number).all() and part.data_ptr() == whole[number * ROWS].data_ptr()
+
+
+def test_a_table_of_one_row_with_odd_strides_finds_its_place():
+    bags = EmbeddingBags([Table(rows=1), Table(rows=2), Table(rows=1)], 3).double()
+    for number, bag in enumerate(bags):
+        bag.weight.data = torch.full((3, bag.table.rows), float(number), dtype=torch.float64).T
+    check(bags, [[[0]], [[1]], [[0]]])
+    assert bags.shared("weight")[:, 0].tolist() == [0, 1, 1, 2]
 
 
 def test_a_copy_shares_nothing_with_its_original():
