@@ -11,6 +11,7 @@ from conformance.replay import Fault, find_faults, judge_trace, own_gradients
 from conformance.verdict import TensorVerdict, judge, judge_update, missing, ratio, unfit
 from conformance.xfail import ExpectedFailures
 from spec.backend import Backend, Model, NamesOperators
+from spec.batch import Batch
 from spec.errors import EngineError
 from spec.model import ModelSpec
 from spec.parameters import Arrays, fixed_parameters, initial_state
@@ -139,6 +140,21 @@ def run_case(case: Case, backends: Iterable[Backend], device: str = "cpu",
     return CaseResult(case, results, pairs)
 
 
+def first_failure(case: Case, backend: Backend, device: str = "cpu") -> Fault | None:
+    """As `run_case` judges a backend under the first of the case's optimizers, up to the first thing that fails."""
+    optimizer = case.optimizers[0] if case.optimizers and backend.trains else None
+    model = backend.create(case.under(optimizer) if optimizer else case.spec, case.parameters, device)
+    try:
+        trace = model.trace(case.batches[0])
+        expected = evaluate(case.spec, case.parameters, case.batches[0], backend.trains, engine=trace)
+        faults = _judge_trace(case, model, trace, expected, backend.trains).faults
+        if optimizer and not faults:
+            faults = _judge_training(case, model, optimizer, lambda message: None, (trace, expected)).faults
+        return faults[0] if faults else None
+    finally:
+        model.close()
+
+
 def steps_to_run(case: Case, backends: Iterable[Backend]) -> int:
     """How often `progress` will be told of a step."""
     return sum(1 + (len(case.optimizers) * len(case.batches) if backend.trains else 0) for backend in backends
@@ -179,9 +195,7 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
 def _judge_trace(case: Case, model: Model, trace: Arrays, expected: Evaluation, gradients: bool) -> Section:
     replayed = evaluate(case.spec, case.parameters, case.batches[0], gradients, engine=trace, replay=True)
     verdicts = judge_trace(case.spec, trace, expected, replayed, gradients)
-    predicted = judge("probability", "forward", model.predict(case.batches[0]), expected.tensors["probability"])
-    predicted.tensor = "predict"
-    verdicts.append(predicted)
+    verdicts.append(judge("predict", "forward", model.predict(case.batches[0]), expected.tensors["probability"]))
     return Section(None, 1, tensors=verdicts, kinks=dict(expected.kinks),
                    faults=find_faults(case.spec, verdicts, operators(model)))
 
@@ -231,8 +245,18 @@ def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress
         if any(verdict.problem for verdict in verdicts):
             break
         before, state = after, new_state
+    else:
+        verdict = _judge_prediction(spec, before, case.batches[-1], model)
+        section.faults += find_faults(spec, [verdict], {}, optimizer, len(case.batches))
+        merged[verdict.tensor] = verdict
     section.tensors = list(merged.values())
     return section
+
+
+def _judge_prediction(spec: ModelSpec, parameters: Arrays, batch: Batch, model: Model) -> TensorVerdict:
+    """Of a trained model: predictions go on with what it has learned."""
+    expected = evaluate(spec, parameters, batch, gradients=False)
+    return judge("predict", "forward", model.predict(batch), expected.tensors["probability"])
 
 
 def _judge_start(spec: ModelSpec, parameters: Arrays, found: Arrays) -> list[TensorVerdict]:
