@@ -1,6 +1,6 @@
-"""Seeded faults inside a net (`spec.tamper`): the net is cut behind the operator at fault, whose output is replaced."""
+"""Seeded faults inside a net (`spec.tamper`): what one operator makes is replaced, for all operators behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,11 +8,17 @@ import numpy as np
 from dlrm_caffe2.backend import NetBackend, NetModel
 from dlrm_caffe2.engine import NetEngine
 from dlrm_caffe2.model import trace_blobs
-from dlrm_caffe2.net import outside_blobs
-from dlrm_caffe2.proto.caffe2_pb2 import NetDef
+from dlrm_caffe2.net import make_operator, outside_blobs
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
+from spec.errors import EngineError
 from spec.model import ModelSpec
 from spec.parameters import Arrays
 from spec.tamper import Change
+
+
+def for_many(backend: NetBackend) -> NetBackend:
+    """See `spec.tamper.Tamper`."""
+    return replace(backend, start=_Kept(backend.start))
 
 
 def tampered(backend: NetBackend, change: Change) -> "TamperedBackend":
@@ -51,58 +57,85 @@ class TamperedBackend:
 
 
 class TamperedEngine:
-    """A NetEngine that runs a net in two parts where it makes the tensor to be changed."""
+    """A NetEngine that runs a net twice: up to the operator at fault, to see what that makes and has read; then whole,
+    with something else, which is fed, in place of what it makes."""
 
     def __init__(self, engine: NetEngine, change: Change, blobs: Mapping[str, str]) -> None:
         self._engine, self._change = engine, change
         self._blobs = {name: blobs.get(name, name) for name in change.reads}
-        self._cut: dict[str, tuple[NetDef, NetDef]] = {}
+        self._blob = self._blobs[change.tensor]
+        self._nets: dict[str, tuple[NetDef, NetDef]] = {}
         self._created: set[str] = set()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
     def create(self, net: NetDef) -> None:
-        blob = self._blobs[self._change.tensor]
-        makers = [number for number, operator in enumerate(net.op) if blob in operator.output]
+        makers = [number for number, operator in enumerate(net.op) if self._blob in operator.output]
         if not makers:
             self._engine.create(net)
             return
-        parts = []
-        for half, operators in enumerate((net.op[:makers[-1] + 1], net.op[makers[-1] + 1:])):
-            part = NetDef(name=f"{net.name}/{half}", op=operators)
-            part.external_input.extend(outside_blobs(part.op))
-            parts.append(part)
-        parts[0].external_output.extend(sorted(_made(parts[0])))
-        parts[1].external_output.extend(blob for blob in net.external_output if blob in _made(parts[1]))
-        self._cut[net.name] = (parts[0], parts[1])
-        self._engine.create(parts[0])
+        start = _net(f"{net.name}/start", net.op[:makers[-1] + 1])
+        start.external_output.extend(sorted({output for operator in start.op for output in operator.output}))
+        operators = [OperatorDef.FromString(operator.SerializeToString()) for operator in net.op]
+        maker = operators[makers[-1]]
+        right, fed = f"{self._blob}/right", f"{self._blob}/fed"
+        maker.output[list(maker.output).index(self._blob)] = right
+        # So that a net's export knows the sizes of what is fed.
+        operators.insert(makers[-1] + 1, make_operator("ResizeLike", [fed, right], [self._blob]))
+        whole = _net(net.name, operators)
+        whole.external_output.extend(net.external_output)
+        self._nets[net.name] = start, whole
+        self._engine.create(start)
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
-        if name not in self._cut:
+        if name not in self._nets:
             return self._engine.run(name, feeds, fetch)
-        first, second = self._cut[name]
-        made = _made(first)
-        given = set(first.external_input)
-        wanted = {blob for blob in (*second.external_input, *fetch, *self._blobs.values()) if blob in made}
-        held = dict(feeds)
-        held |= self._engine.run(first.name, {n: a for n, a in feeds.items() if n in given}, sorted(wanted))
-        blob = self._blobs[self._change.tensor]
-        sources = {tensor: held[source] if source in held else self._engine.fetch([source])[source]
-                   for tensor, source in self._blobs.items()}
-        held[blob] = np.array(self._change.make(sources), np.float32, order="C").reshape(held[blob].shape)
-        if not second.op:
-            return {blob: held[blob] if blob in held else self._engine.fetch([blob])[blob] for blob in fetch}
-        crossing = {n: a for n, a in held.items() if n in second.external_input}
-        made_later = _made(second)
-        if second.name not in self._created:  # its inputs must be there first
-            self._engine.feed(crossing)
-            self._engine.create(second)
-            self._created.add(second.name)
-        later = self._engine.run(second.name, crossing, [blob for blob in fetch if blob in made_later])
-        return {blob: later[blob] if blob in later else held[blob] if blob in held else self._engine.fetch([blob])[blob]
-                for blob in fetch}
+        start, whole = self._nets[name]
+        made = {output for operator in start.op for output in operator.output}
+        given = {blob: array for blob, array in feeds.items() if blob in start.external_input}
+        seen = dict(feeds) | self._engine.run(start.name, given, sorted(made.intersection(self._blobs.values())))
+        sources = {tensor: seen[blob] if blob in seen else self._engine.fetch([blob])[blob]
+                   for tensor, blob in self._blobs.items()}
+        wrong = np.array(self._change.make(sources), np.float32, order="C")
+        feeds = dict(feeds) | {f"{self._blob}/fed": wrong}
+        if name not in self._created:  # its inputs must be there first
+            self._engine.feed(feeds)
+            self._engine.create(whole)
+            self._created.add(name)
+        return self._engine.run(name, feeds, fetch)
 
 
-def _made(net: NetDef) -> set[str]:
-    return {output for operator in net.op for output in operator.output}
+class _Kept:
+    """Starts engines, and hands out again those that were closed, emptied, where an engine can be."""
+
+    def __init__(self, start: Callable[[str], NetEngine]) -> None:
+        self._start, self._free = start, []
+
+    def __call__(self, device: str) -> "NetEngine":
+        return _Lent(self._free.pop() if self._free else self._start(device), self._free)
+
+
+class _Lent:
+    """An engine whose `close` gives it back."""
+
+    def __init__(self, engine: NetEngine, free: list[NetEngine]) -> None:
+        self._engine, self._free = engine, free
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        try:
+            engine.reset()
+        except (AttributeError, EngineError):  # it has no such method, or has died
+            engine.close()
+        else:
+            self._free.append(engine)
+
+
+def _net(name: str, operators: Iterable[OperatorDef]) -> NetDef:
+    return NetDef(name=name, op=operators, external_input=outside_blobs(operators))

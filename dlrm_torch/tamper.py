@@ -18,6 +18,11 @@ from spec.tamper import Change
 from spec.tensors import slice_names
 
 
+def for_many(backend: Backend) -> Backend:
+    """See `spec.tamper.Tamper`."""
+    return backend
+
+
 def tampered(backend: Backend, change: Change) -> "TamperedBackend | None":
     """See `spec.tamper.Tamper`. The loss is no module's."""
     return None if change.tensor == "loss" else TamperedBackend(backend, change)

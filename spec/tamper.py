@@ -26,6 +26,9 @@ class Change(NamedTuple):
 
 
 class Tamper(Protocol):
+    def for_many(self, backend: Backend) -> Backend:
+        """The backend, for many models one after another: what takes long to start is kept between them."""
+
     def tampered(self, backend: Backend, change: Change) -> Backend | None:
         """The backend with this one step changed, in prediction, trace and training alike; None where that step
         cannot be reached from outside."""

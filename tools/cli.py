@@ -88,6 +88,7 @@ def spec_schema() -> None:
     "dlrm conform tiny",
     "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report",
     "dlrm conform tiny --backend torch --only top.1.weight_grad",
+    "dlrm conform tiny --mutants --backend torch",
     "dlrm conform tiny --write-bundle bundle",
     "dlrm conform --bundle bundle",
     "dlrm conform --template my_port.py"))
@@ -116,6 +117,9 @@ def spec_schema() -> None:
 @click.option("--only", metavar="TENSOR",
               help="Look at the one step of one backend that makes this tensor, a parameter's update included: its "
                    "inputs, and its own error. With --optimizer, that of training step --steps.")
+@click.option("--mutants", is_flag=True,
+              help="Judge the suite instead: in each backend, seeded faults that it must catch and correct variants "
+                   "that it must pass. --out gets MUTANTS.md.")
 @click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
               help="Run nothing: write a backend to start a port from; see conformance/PORTING.md.")
 @click.option("--write-bundle", type=click.Path(path_type=Path), metavar="DIR",
@@ -124,7 +128,7 @@ def spec_schema() -> None:
               help="Run nothing: judge the results in DIR/results; --backend names those to judge.")
 def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
-            json_path: Path | None, xfail: Path | None, only: str | None, template: Path | None,
+            json_path: Path | None, xfail: Path | None, only: str | None, mutants: bool, template: Path | None,
             write_bundle: Path | None, bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
@@ -136,18 +140,19 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
     if [bool(specs), bool(bundle), bool(template)].count(True) != 1:
         raise click.UsageError("name SPECS, or --bundle DIR, or --template FILE, and only one of them")
     if template:
-        _reject("--template", backends, optimizers, steps, batch_size, max_rows, out, json_path, xfail, write_bundle)
+        _reject("--template", only, mutants or None, backends, optimizers, steps, batch_size, max_rows, out, json_path,
+                xfail, write_bundle)
         from tools.template import write_template
         click.echo(write_template(template))
         return
     if bundle:
-        _reject("--bundle", optimizers, steps, batch_size, max_rows, write_bundle)
+        _reject("--bundle", only, mutants or None, optimizers, steps, batch_size, max_rows, write_bundle)
         from tools.bundle import judge
         raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path, xfail) else 1)
     loaded = [_load(name, max_rows) for name in specs]
     given, optimizers = optimizers, optimizers or OPTIMIZERS
     if write_bundle:
-        _reject("--write-bundle", backends, out, json_path, xfail, specs[1:])
+        _reject("--write-bundle", only, mutants or None, backends, out, json_path, xfail, specs[1:])
         from tools.bundle import write
         write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
         return
@@ -158,15 +163,22 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         from tools.only import run as look
         ok = look(loaded[0], backends, only, given, steps or 1, batch_size, data, seed, device)
         raise click.exceptions.Exit(0 if ok else 1)
-    from tools.conform import run
     cap = f" --max-rows {max_rows}" if max_rows else ""
+    arguments = [shlex.quote(name) + cap for name in specs]
+    if mutants:
+        _reject("--mutants", given, steps, xfail, None if data == "random" else data)
+        from tools.mutants import run as run_mutants
+        ok = run_mutants(loaded, arguments, backends, seed, batch_size, out, json_path)
+        raise click.exceptions.Exit(0 if ok else 1)
+    from tools.conform import run
     ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
-             json_path, xfail, [shlex.quote(name) + cap for name in specs])
+             json_path, xfail, arguments)
     raise click.exceptions.Exit(0 if ok else 1)
 
 
 def _reject(option: str, *others: object) -> None:
     takes = {"--template": "no other option",
+             "--mutants": "specs, --backend, --batch-size, --max-rows, --seed, --out and --json alone",
              "--only": "one spec, one --backend, one --optimizer at most, and no report",
              "--bundle": "--backend, --xfail, --out and --json alone",
              "--write-bundle": "one spec, no backend and no report"}

@@ -14,7 +14,7 @@ from conformance.console import print_report
 from conformance.html import write_html
 from conformance.run import CaseResult, run_case, steps_to_run
 from conformance.xfail import ExpectedFailures, load_expected_failures
-from spec.backend import backend_names, load_backend
+from spec.backend import Backend, backend_names, load_backend
 from spec.errors import InputError
 from spec.files import check_writable
 from spec.model import ModelSpec
@@ -32,15 +32,10 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
     output that can't be written, all before anything runs.
     """
     expected = load_expected_failures(xfail) if xfail else None
-    backends = [load_backend(name) for name in names or backend_names()]
-    for backend in backends if names else ():
-        availability = backend.available()
-        if not availability.ok:
-            raise InputError(f"backend '{backend.name}'", "an installed engine", availability.reason,
-                             availability.remedy)
+    backends = find_backends(names)
     cases = [make_case(spec, source, seed, batch_size, steps, optimizers) for spec in specs]
     check_outputs(out, json_path)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=sum(steps_to_run(case, backends) for case in cases))
         results = []
         for case in cases:
@@ -54,6 +49,17 @@ def run(specs: Sequence[ModelSpec], names: Sequence[str], optimizers: Sequence[s
             only.add_commands(case, argument, given)
 
     return write_reports(results, out, json_path, expected, add_commands)
+
+
+def find_backends(names: Sequence[str]) -> list[Backend]:
+    """Those named, or every registered one. Raises InputError for one asked for by name that is unknown or missing."""
+    backends = [load_backend(name) for name in names or backend_names()]
+    for backend in backends if names else ():
+        availability = backend.available()
+        if not availability.ok:
+            raise InputError(f"backend '{backend.name}'", "an installed engine", availability.reason,
+                             availability.remedy)
+    return backends
 
 
 def check_outputs(out: Path | None, json_path: Path | None) -> None:
@@ -78,7 +84,7 @@ def write_reports(results: Sequence[CaseResult], out: Path | None, json_path: Pa
     return report["conforms"]
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     """Drawn on stderr, and only where that is a terminal."""
     console = Console(stderr=True)
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
