@@ -47,12 +47,13 @@ def test_every_fault_is_caught_and_named_from_outside(mutant):
     assert outcome.localised is not False and not outcome.inside, outcome
 
 
-@pytest.mark.parametrize("backend", ["torch", "caffe2-aten", "caffe2-onnx",
-                                     pytest.param("caffe2", marks=pytest.mark.engine)])
-def test_faults_inside_a_backend_are_caught_and_named(backend):
-    outcomes = list(run_mutants(TINY, [BY_NAME[name] for name in SAMPLE], [load_backend(backend)]))
+@pytest.mark.parametrize(("backend", "sample"), [
+    ("torch", SAMPLE), ("caffe2-aten", SAMPLE), ("caffe2-onnx", SAMPLE[::4]),
+    pytest.param("caffe2", SAMPLE, marks=pytest.mark.engine)])
+def test_faults_inside_a_backend_are_caught_and_named(backend, sample):
+    outcomes = list(run_mutants(TINY, [BY_NAME[name] for name in sample], [load_backend(backend)]))
     assert [(o.mutant.name, o.status, o.localised, o.inside) for o in outcomes] == [
-        (name, "killed", True, True) for name in SAMPLE]
+        (name, "killed", True, True) for name in sample]
 
 
 @pytest.mark.parametrize("backend", ["torch", "caffe2-aten"])
