@@ -1,4 +1,5 @@
-"""Geometry of the figure that shows every tensor's error / bound beside what a null result would score."""
+"""Geometry of the figures of a case: elements by error / bound, and every tensor's worst beside what a null result
+would score."""
 
 import math
 from collections.abc import Iterable
@@ -29,6 +30,26 @@ class Figure:
     bound_x: float
     ticks: list[tuple[float, int]]
     lanes: list[Lane]
+
+
+@dataclass
+class Distributions:
+    """`rows`: for each phase, by backend, the (elements, height from 0 to 1) of each bin; none where it has no tensor
+    of the phase. Heights are logarithmic and of one scale: one element shows."""
+
+    backends: list[str]
+    rows: list[tuple[str, list[list[tuple[int, float]]]]]
+
+
+def distributions(case: dict[str, Any]) -> Distributions:
+    ran = [backend for backend in case["backends"] if backend["sections"]]
+    counts = {(phase, backend["backend"]): [sum(column) for column in zip(*(
+        verdict["histogram"] for section in backend["sections"] for verdict in section["tensors"]
+        if verdict["phase"] == phase), strict=True)] for phase in _PHASES for backend in ran}
+    top = math.log10(1 + max((count for bins in counts.values() for count in bins), default=0)) or 1
+    return Distributions([backend["backend"] for backend in ran], [
+        (phase, [[(count, math.log10(1 + count) / top) for count in counts[phase, backend["backend"]]]
+                 for backend in ran]) for phase in _PHASES if any(counts[phase, b["backend"]] for b in ran)])
 
 
 def figure(case: dict[str, Any]) -> Figure:

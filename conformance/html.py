@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conformance import matrix
-from conformance.figure import figure
+from conformance.figure import distributions, figure
+from conformance.flow import Cell, flows
 from spec.files import write_text
 
 
@@ -19,12 +20,14 @@ def write_html(report: dict[str, Any], path: Path) -> None:
     environment = Environment(loader=PackageLoader("conformance", "."), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=_number, cell=_cell, at=_at, detail=_detail, pair_detail=_pair_detail,
-                               ledger=matrix.ledger, expected_failures=_expected_failures)
+                               cell_detail=_cell_detail,
+                               ledger=matrix.ledger, expected_failures=_expected_failures, short=_short)
     edges = report["histogram_edges"]
     page = environment.get_template("report.html.j2").render(
         report=report, bins=_bins(edges), suspicious=matrix.SUSPICIOUS, names=_backend_names(report),
         level=partial(matrix.level, edges=edges), ratio_level=partial(matrix.ratio_level, edges=edges),
-        panels=matrix.panels, figure=figure, bars=_bars, failures=_failures, first_failure=_first_failure)
+        panels=matrix.panels, figure=figure, distributions=distributions, flows=flows,
+        failures=_failures, first_failure=_first_failure)
     write_text(path, page)
 
 
@@ -36,14 +39,6 @@ def _bins(edges: list[float]) -> list[tuple[str, str]]:
     """(CSS class, label) of every bin of the histogram, by its upper edge."""
     names = [f"{edge:g}" if edge >= 0.01 else f"1e{math.log10(edge):.0f}" for edge in edges]
     return [*((f"r{i}", f"≤ {name}") for i, name in enumerate(names)), ("fail", f"✗ > {names[-1]}")]
-
-
-def _bars(backend: dict[str, Any]) -> list[tuple[int, float]]:
-    """(elements, height from 0 to 1) of each bin over all tensors; heights are logarithmic: one element shows."""
-    counts = [sum(column) for column in zip(*(verdict["histogram"] for section in backend["sections"]
-                                              for verdict in section["tensors"]), strict=True)]
-    top = math.log10(1 + max(counts, default=0)) or 1
-    return [(count, math.log10(1 + count) / top) for count in counts]
 
 
 def _failures(backend: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -100,7 +95,24 @@ def _detail(verdict: dict[str, Any]) -> str:
              f"bound\t± {float(verdict['bound']):.2g}", f"error / bound\t{float(verdict['worst']):.3g}"]
     if verdict["step"]:
         lines.append(f"step\t{verdict['step']}")
+    if verdict["own"]:
+        lines += [f"own error\t{float(verdict['own']['error']):.3g}, {_number(verdict['own']['worst'])} of its bound",
+                  f"inherited\t{float(verdict['own']['inherited']):.3g}"]
     return "\n".join([*lines, f"elements\t{verdict['elements']:,}", *expected])
+
+
+def _cell_detail(cell: Cell) -> str:
+    if not cell.verdict:
+        return f"{cell.tensor}\nnot judged"
+    return _detail(cell.verdict) + (f"\nof\t{cell.of}" if cell.of else "")
+
+
+def _short(count: int) -> str:
+    """In at most four characters: 930, 12k, 4.5M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2g}{unit}" if count < 100 * size else f"{count // size}{unit}"
+    return str(count)
 
 
 def _pair_detail(pair: dict[str, Any]) -> str:

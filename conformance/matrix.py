@@ -137,7 +137,7 @@ def _fold(rows: list[Row]) -> list[Row]:
     """The tables' rows under one row for each kind of tensor, where there are many tables."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_without_number(row.name), []).append(row)
+        groups.setdefault(without_number(row.name), []).append(row)
     folded = []
     for name, members in groups.items():
         if len(members) <= _MOST_TABLES:
@@ -149,21 +149,26 @@ def _fold(rows: list[Row]) -> list[Row]:
     return folded
 
 
-def _without_number(name: str) -> str:
+def without_number(name: str) -> str:
     """"tables.3.weight" -> "tables.*.weight"; other names as they are."""
     match = _TABLE.fullmatch(name)
     return f"tables.*.{match[2]}" if match else name
 
 
 def _worst(verdicts: Iterable[Verdict]) -> Verdict:
-    return max(verdicts, key=lambda v: (fails(v), not v["conforms"], bool(v["problem"]), float(v["worst"]),
-                                        float(v["tightness"])))
+    return max(verdicts, key=badness)
+
+
+def badness(verdict: Verdict) -> tuple[float, ...]:
+    """What orders verdicts from the best to the worst."""
+    return (fails(verdict), not verdict["conforms"], bool(verdict["problem"]), float(verdict["worst"]),
+            float(verdict["tightness"]))
 
 
 def _kinks(kinks: dict[str, int]) -> str:
     counts: dict[str, int] = {}
     for name, count in kinks.items():
-        counts[_without_number(name)] = counts.get(_without_number(name), 0) + count
+        counts[without_number(name)] = counts.get(without_number(name), 0) + count
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 

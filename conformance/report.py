@@ -7,12 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from conformance.case import Case
+from conformance.machine import describe_machine
 from conformance.plain import plain
 from conformance.replay import Fault
 from conformance.run import BackendResult, CaseResult
 from conformance.verdict import RATIO_EDGES, TensorVerdict
 from conformance.xfail import ExpectedFailures
 from spec.files import write_text
+from spec.graph import steps, update_steps
 from spec.rounding import C, U
 
 FORMAT = 2
@@ -26,6 +29,7 @@ def as_dict(results: list[CaseResult], expected: ExpectedFailures | None = None)
         "format": FORMAT,
         "product": f"dlrm-parity {version('dlrm-parity')}",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "environment": describe_machine() | {"numpy": version("numpy")},
         "conforms": bool(results) and all(result.conforms for result in results) and not expected.broken,
         "bound": {"c": C, "u": U, "rule": "|error| <= c * sqrt(variance)"},
         "histogram_edges": RATIO_EDGES,
@@ -54,10 +58,21 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "seed": case.seed,
         "steps": len(case.batches) if case.optimizers else 0,
         "optimizers": list(case.optimizers),
+        "graph": _graph(case),
         "conforms": result.conforms,
         "backends": [_backend(backend) for backend in result.backends],
         "pairs": [asdict(pair) | {"conforms": pair.conforms} for pair in result.pairs],
     }
+
+
+def _graph(case: Case) -> dict[str, list[str]]:
+    """What each tensor is computed from, in the order of computation; last what the optimizers update, each of which
+    also reads itself."""
+    graph = {name: list(sources) for name, sources in steps(case.spec).items()}
+    for optimizer in case.optimizers:
+        for name, sources in update_steps(case.under(optimizer)).items():
+            graph[name] = list(dict.fromkeys((*graph.get(name, ()), *sources)))
+    return graph
 
 
 def _backend(result: BackendResult) -> dict[str, Any]:

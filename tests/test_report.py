@@ -1,6 +1,7 @@
 """The HTML page: complete, self-contained, safe, and loud where something fails."""
 
 import copy
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -9,12 +10,16 @@ import pytest
 from rounded import Rounded
 
 from conformance.case import make_case
+from conformance.figure import distributions
+from conformance.flow import flows
 from conformance.html import write_html
+from conformance.matrix import without_number
 from conformance.report import as_dict
 from conformance.run import run_case
 from spec import toml
 from spec.backend import load_backend
 from spec.errors import InputError
+from spec.model import ModelSpec
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -93,6 +98,7 @@ def test_a_pass_on_real_backends(page):
     found = page(report)
     assert "✓ conforms" in found.text and "✗ does not" not in found.text
     assert report["product"] in found.text and report["machine"] in found.text
+    assert report["environment"]["cpu"] in found.text and f"NumPy {np.__version__}" in found.text
     assert "PyTorch" in found.text and "forward only" in found.text
     assert not any(cell[1] == "fail" for row in found.rows for cell in row)
     assert report["cases"][0]["digest"] in found.text
@@ -239,6 +245,77 @@ def test_three_large_cases_stay_small(page, wide):
     case["backends"] = [dict(case["backends"][0], backend=f"backend{number}") for number in range(4)]
     report["cases"] = [case] * 3
     assert len(page(report).source) < 2e6
+
+
+def drawn(found):
+    """State of every tensor on every graph, and the names of the nodes that are marked as first at fault."""
+    states = [(attrs["data-t"], attrs["class"].split()[1]) for _, attrs in found.tags if "data-t" in attrs]
+    marked = sum(tag == "circle" for tag, _ in found.tags)
+    return states, marked
+
+
+@pytest.mark.parametrize("loss", ["bce", "bce_logits"])
+@pytest.mark.parametrize("interaction", ["dot", "cat"])
+def test_the_graph_has_every_step_once_and_apart(interaction, loss):
+    given = toml.load("tiny").model_dump()
+    given["interaction"], given["loss"] = {"kind": interaction}, {"kind": loss}
+    report = report_of(Rounded(), spec=ModelSpec.model_validate(given), steps=1, optimizers=("rowwise_adagrad",))
+    (case,) = report["cases"]
+    (flow,) = flows(case, report["histogram_edges"])
+    cells = [cell for node in flow.nodes for cell in node.cells]
+    assert [cell.tensor for cell in cells if cell.state == "missing"] == []
+    assert sorted(cell.tensor for cell in cells) == sorted(case["graph"])
+    boxes = [(node.x, node.y, node.x + node.width, node.y + node.height) for node in flow.nodes]
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2)
+                if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]
+    assert all(x0 >= 0 and x1 <= flow.width and y1 <= flow.height for x0, _, x1, y1 in boxes)
+    columns = {node.name: node.column for node in flow.nodes}
+    forward = [name for name in case["graph"] if not name.endswith(("_grad", "_grad_values", "weight", "bias",
+                                                                    "moment", "pooling"))]
+    for name in forward:
+        for source in set(case["graph"][name]) & set(forward):
+            assert columns[without_number(source)] < columns[without_number(name)]
+
+
+def test_a_conforming_run_has_one_calm_graph(page):
+    found = page(report_of(Rounded(), Rounded("again"), Rounded("ahead", trains=False), steps=1,
+                           optimizers=("adagrad",)))
+    states, marked = drawn(found)
+    assert len(states) == len(dict(states)) > 60 and marked == 0
+    assert not {"own", "inherited", "missing"} & set(dict(states).values())
+    assert not [attrs for tag, attrs in found.tags if tag == "path" and "hot" in attrs["class"]]
+
+
+def test_the_path_of_an_error_is_on_the_graph(page):
+    """A wrong lookup goes on through a real engine: all behind it is wrong, and of that only the lookup by itself."""
+    pytest.importorskip("torch")
+    report = report_of(Rounded(), load_backend("faulty:OFFSET"), batch_size=32, steps=1, optimizers=("sgd",))
+    report["cases"][0]["backends"][1]["command"] = "dlrm conform tiny --only tables.1.pooled"
+    found = page(report)
+    states, marked = drawn(found)
+    state = dict(states)
+    assert marked == 1 and len(states) == len(state)
+    assert "First at fault: tables.1.pooled[" in found.text and "made by EmbeddingBag tables.1" in found.text
+    assert "dlrm conform tiny --only tables.1.pooled" in found.text
+    # The backward pass of that lookup reads the shifted bags too.
+    assert {name for name, of in state.items() if of == "own"} == {"tables.1.pooled", "tables.1.weight_grad_values"}
+    assert {state[name] for name in ("interaction.output", "loss", "top.0.weight_grad", "bottom.0.bias",
+                                     "tables.0.weight")} == {"inherited"}
+    before = {"bottom.0.preactivation", "bottom.1.activation", "tables.0.pooled", "tables.2.pooled"}
+    assert not {state[name] for name in before} & {"own", "inherited"}
+    graph, hot = report["cases"][0]["graph"], [attrs for tag, attrs in found.tags if "hot" in attrs.get("class", "")]
+    assert hot and all(any(state[source] in ("own", "inherited") for source in graph[name] if source in graph)
+                       for name, of in state.items() if of == "inherited" and name != "tables.1.weight")
+
+
+def test_distributions_count_every_element_but_those_of_fixed_parameters():
+    (case,) = report_of(Rounded(), Rounded("ahead", trains=False), steps=1, optimizers=("sgd",))["cases"]
+    spread = distributions(case)
+    for column, backend in enumerate(case["backends"]):
+        judged = sum(verdict["elements"] for section in backend["sections"] for verdict in section["tensors"]
+                     if verdict["tensor"] in case["graph"] or verdict["tensor"] == "predict")
+        assert judged == sum(count for _, row in spread.rows for count, _ in row[column])
+    assert max(height for _, row in spread.rows for columns in row for _, height in columns) == 1
 
 
 def test_an_unwritable_folder(tmp_path):

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conformance.case import under
+from conformance.machine import describe_machine, load_average, now
 from spec import toml
 from spec.backend import load_backend
 from spec.errors import EngineError, InputError
@@ -36,7 +37,6 @@ from spec.model import ModelSpec
 from spec.threads import thread_count
 from tools.bench.console import milliseconds
 from tools.bench.group import Contestant, Timing, load_worker, run_rounds
-from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged, Setting, check_room
 from tools.bench.process import WorkerProcess, terminable
 from tools.bench.run import bar

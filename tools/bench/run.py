@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conformance.machine import describe_machine, load_average, now
 from spec.backend import Backend, backend_names, load_backend
 from spec.errors import EngineError, InputError
 from spec.files import check_writable
@@ -21,7 +22,6 @@ from tools.bench.compare import check_comparable, compare, print_changes
 from tools.bench.console import print_report
 from tools.bench.group import run_group
 from tools.bench.html import write_html
-from tools.bench.machine import describe_machine, load_average, now
 from tools.bench.plan import Effort, Group, Judged
 from tools.bench.process import WorkerProcess, terminable
 
