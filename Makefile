@@ -17,6 +17,7 @@ run: setup
 	@echo "The report: $(OUT)/report.html. The exported models: $(OUT)/models"
 
 test: setup
+	$(BIN)/python tests/old_onnxruntime.py
 	$(BIN)/python -m pytest
 
 # The stamp is written last, so that an interrupted installation is begun again.
@@ -37,4 +38,4 @@ schema:
 	$(BIN)/dlrm spec schema > spec/schema.json.new && mv spec/schema.json.new spec/schema.json
 
 clean:
-	rm -rf .venv .venv-caffe2 $(OUT) build dist *.egg-info
+	rm -rf .venv .venv-caffe2 .venv-onnxruntime $(OUT) build dist *.egg-info

@@ -23,11 +23,13 @@ _TILES = _HEAD + """
 Tiles (sizes_P, radix) => (tiles_P, place_TR, mask_TR, more) {{
     zero = Constant<value_int = 0>()
     one = Constant<value_int = 1>()
+    axis0 = Constant<value_ints = [0]>()
     axis1 = Constant<value_ints = [1]>()
     short_of_next_P = Sub(radix, one)
     padded_P = Add(sizes_P, short_of_next_P)
     tiles_P = Div(padded_P, radix)
-    count_1 = ReduceSum(tiles_P)
+    zero_and_tiles = Concat<axis = 0>(axis0, tiles_P)
+    count_1 = ReduceSum(zero_and_tiles)
     count = Squeeze(count_1)
     bags = Shape(sizes_P)
     more_1 = Greater(count_1, bags)
@@ -65,7 +67,8 @@ Tiles (sizes_P, radix) => (tiles_P, place_TR, mask_TR, more) {{
 """Cuts P bags of sizes int64 [P], none of them 0, into tiles of `radix` int64 [1] rows, a bag's last one shorter.
 
 `tiles`: how many of each bag. `place` [T, R]: where the rows of each tile are; `mask` is 1 for those that it has, and
-0 for the rest, which are its last row again. `more`: some bag has more than one tile.
+0 for the rest, which are its last row again. `more`: some bag has more than one tile. Where there is no bag, ONNX
+Runtime 1.16 would reduce `tiles` to a scalar; so a 0 goes with them.
 """
 
 _BAGS = _HEAD + """

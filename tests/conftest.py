@@ -2,6 +2,7 @@
 
 import os
 
+import old_onnxruntime
 import pytest
 
 from spec.threads import wait_without_spinning
@@ -10,7 +11,11 @@ wait_without_spinning()
 
 
 def pytest_runtest_setup(item):
-    """Tests marked `engine` skip without genuine Caffe2, and say so; where it is required, as in CI, they fail."""
+    """Tests marked `engine` skip without genuine Caffe2, those marked `oldest` without ONNX Runtime 1.16, and say so;
+    where it is required, as in CI, they fail."""
+    if item.get_closest_marker("oldest") and old_onnxruntime.missing():
+        required = os.environ.get("DLRM_REQUIRE_OLD_ONNXRUNTIME")
+        (pytest.fail if required else pytest.skip)(old_onnxruntime.missing())
     if item.get_closest_marker("engine"):
         from dlrm_caffe2.engine.venv import availability
 

@@ -21,7 +21,8 @@ _TILING = """
     {to}_padded = Add({sizes}, {to}_radix_less_1)
     {to}_tiles = Div({to}_padded, {to}_radix)
     {to}_tile_starts = CumSum<exclusive = 1>({to}_tiles, zero)
-    {to}_count = ReduceSum({to}_tiles)
+    {to}_0_and_tiles = Concat<axis = 0>(axis0, {to}_tiles)
+    {to}_count = ReduceSum({to}_0_and_tiles)
     {to}_zeros = ConstantOfShape<value = int64[1] {{0}}>({to}_count)
     {to}_bags = Shape({to}_tiles)
     {to}_ones = ConstantOfShape<value = int64[1] {{1}}>({to}_bags)
@@ -53,7 +54,8 @@ _TILING = """
 bag's last one is shorter.
 
 `place` [T, R] says where the rows of each tile are and `used` which of them it has; the others point at its last.
-`more`: some bag has more than one tile, and `most` [1] is how many.
+`more`: some bag has more than one tile, and `most` [1] is how many. Where there is no bag, ONNX Runtime 1.16 would
+reduce `tiles` to a scalar; so a 0 goes with them.
 """
 
 KEYS = """
