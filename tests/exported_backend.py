@@ -52,8 +52,12 @@ class ExportedModel:
         self._backend, self._spec, self._folder = backend, spec, folder
         self._variables = parameters | initial_state(spec)
         self._sessions: dict[str, list[Session]] = {}
+        self._trained = False
 
     def predict(self, batch: Batch) -> np.ndarray:
+        """From model.onnx; it holds the initial parameters, so that after training the step's own forward predicts."""
+        if self._trained:
+            return self.trace(batch)["probability"]
         return self._run("model", predict_feeds(batch))["probability"]
 
     def trace(self, batch: Batch) -> Arrays:
@@ -68,6 +72,7 @@ class ExportedModel:
     def train_step(self, batch: Batch) -> float:
         outputs = self._run("train", batch.arrays() | self._variables)
         self._variables |= {name: outputs[f"{name}.new"] for name in self._variables if f"{name}.new" in outputs}
+        self._trained = True
         return float(outputs["loss"])
 
     def parameters(self) -> Arrays:

@@ -47,6 +47,8 @@ VARIANTS = {
 PRESETS = toml.preset_names()
 IN = [pytest.param(name, marks=pytest.mark.oldest if name == "onnxruntime-1.16" else ()) for name in RUNTIMES]
 TRAINING = IN[:3]
+WHOLE = pytest.mark.skipif(not EXHAUSTIVE, reason="takes minutes: DLRM_EXHAUSTIVE=1")
+
 QUICK = ("tiny", "rmc1")
 """Presets that ONNX Runtime 1.16 trains too: it takes a minute to load one of the large training steps."""
 TRAINED = [pytest.param(name, *runtime.values, marks=runtime.marks) for name, runtime in
@@ -89,6 +91,7 @@ def test_every_interaction_loss_and_pooling_trains(name: str, runtime: str, file
     assert conforms(spec_of(name), ExportedBackend(runtime, files, endings(runtime)), kinds, 10, 5)
 
 
+@WHOLE
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "runtime"), TRAINED)
 def test_every_preset_trains(name: str, runtime: str, files: Path):
