@@ -23,6 +23,7 @@ PUBLIC = {
     "spec.threads": {"thread_count", "wait_without_spinning"},
     "spec.errors": {"InputError", "EngineError"},
     "spec.exported": {"Source", "store", "stored_if_large", "title", "metadata", "axes", "docs"},
+    "spec.low_precision": {"row_scales", "quantize", "dequantize"},
     "spec.tensor_file": {"ArrayType", "TensorFile", "read", "write"},
     "spec.reference": {"Evaluation", "evaluate"},
     "spec.graph": {"steps", "update_steps"},

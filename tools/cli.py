@@ -189,6 +189,7 @@ def _reject(option: str, *others: object) -> None:
 @main.command(epilog=_example(
     "dlrm export criteo-kaggle --max-rows 1000 --out exported",
     "dlrm export paper-benchmark --format onnx --parameters exported/trained.safetensors --out exported",
+    "dlrm export criteo-kaggle --max-rows 100000 --tables int8 --out serving",
     "dlrm export --netdef predict_net.pb --init init_net.pb --input '*_ids=int64' --out exported"))
 @click.argument("name", required=False)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
@@ -202,6 +203,12 @@ def _reject(option: str, *others: object) -> None:
                    "GiB.")
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
               help="What to write; repeat for several.  [default: netdef, onnx]")
+@click.option("--tables", type=click.Choice(["fp16", "int8", "uint8-rowwise"]),
+              help="Write only ONNX models that predict, with tables of fewer bits, and measure what that costs.")
+@click.option("--data", metavar="SOURCE",
+              help="For --tables, what to measure it on: random, criteo:FILE or npz:FILE.  [default: random]")
+@click.option("--samples", type=click.IntRange(min=1), help="For --tables, on how many samples.  [default: 4096]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="For --tables, write the measurements too.")
 @click.option("--netdef", type=click.Path(path_type=Path), metavar="FILE",
               help="Instead of a model, any Caffe2 net: its file, serialized or as text.")
 @click.option("--init", type=click.Path(path_type=Path), metavar="FILE", help="The net that makes its parameters.")
@@ -213,8 +220,8 @@ def _reject(option: str, *others: object) -> None:
               help="A blob to return; repeat for several.  [default: the net's external outputs or, where it has none, "
                    "all that no operator reads]")
 def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, file: Path | None, external_data: bool,
-           formats: tuple[str, ...], netdef: Path | None, init: Path | None, inputs: tuple[str, ...],
-           outputs: tuple[str, ...]) -> None:
+           formats: tuple[str, ...], tables: str | None, data: str | None, samples: int | None, json_path: Path | None,
+           netdef: Path | None, init: Path | None, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
     """Write a model in other formats.
 
     NAME, a preset or a .toml file, is written as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict
@@ -222,17 +229,27 @@ def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, 
 
     Any other Caffe2 net (--netdef) is written as ONNX, with functions and inlined. What a training net updates is an
     input of the model, with the value that --init gives it as its default, and NAME.new among the outputs.
+
+    For serving, --tables writes models that predict, of ONNX's own operators, whose tables have fewer bits: fp16; int8
+    with a scale for each row; uint8-rowwise with a scale and a bias for each row, as in Caffe2. Rows become float32
+    after they were looked up. Each is run beside the model of float32, and the differences are printed.
     """
     from tools.export import convert, run
-    of_model, of_net = (max_rows, seed is not None, external_data, formats), (init, inputs, outputs)
+    of_model, of_net = (max_rows, seed is not None, external_data, formats, tables), (init, inputs, outputs)
     if (name is None) == (netdef is None):
         raise click.UsageError("name a model, or give a net with --netdef")
     if any(of_net if name else of_model):
-        raise click.UsageError("--init, --input and --output are for --netdef; --max-rows, --seed, --external-data and "
-                               "--format for models")
+        raise click.UsageError("--init, --input and --output are for --netdef; --max-rows, --seed, --external-data, "
+                               "--format and --tables for models")
     if seed is not None and file:
         raise click.UsageError("give --seed or --parameters, not both")
-    if name:
+    if not tables and (data or samples or json_path):
+        raise click.UsageError("--data, --samples and --json are for --tables")
+    if tables:
+        from tools.low_precision import run as run_low_precision
+        lines = run_low_precision(_load(name, max_rows), out, tables, seed or 0, formats or ("onnx",), file,
+                                  external_data, data or "random", samples or 4096, json_path)
+    elif name:
         lines = run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data)
     else:
         lines = convert(netdef, out, init, file, inputs, outputs)
