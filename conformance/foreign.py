@@ -1,31 +1,60 @@
 """Results that foreign programs wrote beside a bundle, as the outcome of a run, for all the reports of one."""
 
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from conformance.bundle import RESULTS, Bundle
 from conformance.case import Case
-from conformance.judge import judge_results
+from conformance.judge import judge_results, read_result
+from conformance.replay import Fault, find_faults, judge_trace
 from conformance.run import BackendResult, CaseResult, Section
 from conformance.xfail import ExpectedFailures
 from spec import toml
 from spec.batch import Batch
-from spec.tensors import batch_names
+from spec.parameters import is_sparse, parameter_shapes, trained_parameters
+from spec.reference import evaluate
+from spec.tensors import activations, batch_names, slice_names, trace_names
 
 
 def run_bundle(bundle: Bundle, names: Sequence[str] = (), expected: ExpectedFailures | None = None) -> CaseResult:
     """Judge `results/NAME` for these names, or for every folder there is. Raises InputError where there is none."""
     folders = [bundle.folder / RESULTS / name for name in names] or bundle.result_folders()
     cases = {case["optimizer"]: case for case in bundle.manifest["cases"]}
+    case = _case(bundle)
     results = []
     for folder in folders:
         judgement = judge_results(bundle, folder)
         sections = [Section(optimizer, cases[optimizer]["step"], cases[optimizer].get("learning_rate"), verdicts,
                             cases[optimizer].get("undecided", {}))
                     for optimizer, verdicts in judgement.sections.items()]
+        for section in sections:
+            if section.optimizer is None and not all(verdict.conforms for verdict in section.tensors):
+                section.faults = _replay(bundle, folder, case)
         result = BackendResult(judgement.name, "fails", engine="results in files", sections=sections)
         result.conclude(bundle.manifest["spec"], expected or ExpectedFailures())
         results.append(result)
-    return CaseResult(_case(bundle), results, [])
+    return CaseResult(case, results, [])
+
+
+def _replay(bundle: Bundle, folder: Path, case: Case) -> list[Fault]:
+    """The steps at fault of forward and backward, from what of them is there."""
+    spec, batch = case.spec, case.batches[0]
+    parameters = {name: bundle.read(f"given/parameters/{name}.npy") for name in parameter_shapes(spec)}
+    trace = {}
+    for name in trace_names(spec):
+        group = "forward" if name in activations(spec) else "backward"
+        array = read_result(folder / group / f"{name}.npy")
+        if isinstance(array, np.ndarray):
+            trace[name] = array
+    for parameter in filter(is_sparse, trained_parameters(spec)):
+        dense = read_result(folder / "backward" / f"{parameter}_grad.npy")
+        if isinstance(dense, np.ndarray) and dense.shape == parameters[parameter].shape:
+            rows = np.unique(batch.indices[int(parameter.split(".")[1])])
+            trace |= zip(slice_names(parameter), (rows, dense[rows]), strict=True)
+    expected, replayed = (evaluate(spec, parameters, batch, engine=trace, replay=replay) for replay in (False, True))
+    return find_faults(spec, judge_trace(spec, trace, expected, replayed, gradients=True), {})
 
 
 def _case(bundle: Bundle) -> Case:

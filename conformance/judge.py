@@ -101,7 +101,7 @@ def _judge_tensor(bundle: Bundle, folder: Path, tensor: dict[str, Any], step: in
     name, phase = tensor["name"], tensor["phase"]
     if tensor["kind"] == "slice":
         return _judge_slice(bundle, folder, tensor)
-    result = _read(folder / f"{name}.npy")
+    result = read_result(folder / f"{name}.npy")
     if isinstance(result, str):
         return missing(name, phase, result)
     if tensor["kind"] == "whole":
@@ -122,7 +122,7 @@ def _judge_slice(bundle: Bundle, folder: Path, tensor: dict[str, Any]) -> Tensor
     parts = [folder / f"{name}_{part}.npy" for part in ("indices", "values")]
     if dense.exists() and any(part.exists() for part in parts):
         return missing(name, "backward", "both a dense gradient and a slice: write one of them")
-    read = [_read(path) for path in ([dense] if dense.exists() else parts)]
+    read = [read_result(path) for path in ([dense] if dense.exists() else parts)]
     for result in read:
         if isinstance(result, str):
             return missing(name, "backward", result)
@@ -139,7 +139,7 @@ def _expected(bundle: Bundle, tensor: dict[str, Any]) -> _Expected:
     return _Expected(bundle.read(tensor["value"]), bundle.read(tensor["bound"]).astype(np.float64), rows)
 
 
-def _read(path: Path) -> np.ndarray | str:
+def read_result(path: Path) -> np.ndarray | str:
     """The array, or why there is none."""
     try:
         with path.open("rb") as file:

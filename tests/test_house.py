@@ -39,7 +39,7 @@ PUBLIC = {
     "conformance.html": {"write_html"},
     "conformance.bundle": {"Bundle", "open_bundle", "sha256"},
     "conformance.bundle_writer": {"make_bundle_case", "bundle_bytes", "write_bundle"},
-    "conformance.judge": {"Judgement", "judge_results", "as_dict", "main"},
+    "conformance.judge": {"Judgement", "judge_results", "as_dict", "main", "read_result"},
     "conformance.foreign": {"run_bundle"},
     "conformance.xfail": {"Entry", "ExpectedFailures", "load_expected_failures"},
 }
