@@ -27,8 +27,8 @@ class _Step:
 
     Attributes:
         accepted: the input types that its rule has let through last.
-        sizes_vary: its rule could not tell the size of an output then: it depends on values (Unique's).
-        settled: no input comes from such a step, directly or not: the types of what the net reads decide its own.
+        sizes_vary: its rule could not tell the size of an output then: it depends on values (Unique's, Split's).
+        made: the output types that it had last, where they vary.
     """
 
     where: str
@@ -36,13 +36,13 @@ class _Step:
     operator: Operator
     accepted: tuple | None = None
     sizes_vary: bool = False
-    settled: bool = False
+    made: tuple | None = None
 
 
 @dataclass
 class _Plan:
     """What is known of a net before it runs. `reads` are the blobs that it needs, `types` theirs when it ran last:
-    while they stay the same, no settled step need be asked again what it accepts."""
+    while they stay the same, and what steps whose sizes vary make, no step need be asked again what it accepts."""
 
     steps: list[_Step]
     reads: tuple[str, ...]
@@ -129,7 +129,6 @@ class AtenEngine:
 
         types = [_type(self._blobs[name]) for name in plan.reads]
         known, plan.types = types == plan.types, None
-        varying: set[str] = set()
         with torch.inference_mode():
             for step in plan.steps:
                 start = time.perf_counter()
@@ -137,18 +136,16 @@ class AtenEngine:
                     inputs = [self._blobs[name] for name in step.node.inputs]
                     if not known:
                         _check(step, inputs)
-                        step.settled = varying.isdisjoint(step.node.inputs)
-                        if step.sizes_vary or not step.settled:
-                            varying.update(step.node.outputs)
-                    elif not step.settled:
-                        _check(step, inputs)
                     outputs = step.operator.aten(step.node, *inputs)
                 except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
                     raise EngineError(f"{step.where}: {error}") from error
                 if not isinstance(outputs, tuple):
                     outputs = (outputs,)
-                for name, tensor in zip(step.node.outputs, outputs, strict=True):
-                    self._blobs[name] = tensor.to(self._device)  # moves what operators without inputs have made
+                if not inputs:  # their kernels know no device
+                    outputs = tuple(tensor.to(self._device) for tensor in outputs)
+                self._blobs.update(zip(step.node.outputs, outputs, strict=True))
+                if step.sizes_vary and (made := tuple(map(_type, outputs))) != step.made:
+                    step.made, known = made, False
                 if seconds is not None:
                     self._synchronize()
                     type = step.node.type
@@ -160,10 +157,6 @@ class AtenEngine:
 
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-
-
-def _signature(tensor: Any) -> tuple:
-    return tensor.dtype, tensor.shape
 
 
 def _type(tensor: Any) -> tuple:

@@ -48,7 +48,7 @@ def _fc_aten(node: Node, x, w, b):
     import torch
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
-    return torch.addmm(b, x_MK, w_NK.T).reshape(*x.shape[:node.args["axis"]], len(b))
+    return torch.addmm(b, x_MK, w_NK.T).reshape(*x.shape[:node.args["axis"]], b.shape[0])
 
 
 def _fc_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -87,7 +87,7 @@ def _fc_gradient_aten(node: Node, x, w, dy):
     import torch
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
-    dy_MN = dy.reshape(len(x_MK), len(w_NK))
+    dy_MN = dy.reshape(x_MK.shape[0], w_NK.shape[0])
     dw, db = torch.mm(dy_MN.T, x_MK).reshape(w.shape), dy_MN.sum(0)
     return (dw, db) if len(node.outputs) == 2 else (dw, db, torch.mm(dy_MN, w_NK).reshape(x.shape))
 

@@ -45,7 +45,7 @@ def _expect_total(node: Node, position: int, lengths, total: int) -> None:
         wrong = "a length is negative"
     elif fixed and lengths.numel() and not least == most == fixed:
         wrong = f"a length is not fixed_lookups, {fixed}"
-    elif (found := len(lengths) * most if least == most else int(lengths.sum())) != total:
+    elif (found := lengths.shape[0] * most if least == most else int(lengths.sum())) != total:
         wrong = f"the sum of lengths should be the number of indices: expected {total}, found {found}"
     if wrong:
         raise node.error(f"input {position} ('{node.inputs[position]}'): {wrong}")
@@ -55,12 +55,12 @@ def pool(rows, indices, lengths, weights=None):
     """Sum, in order, of the rows of each bag: [len(lengths), ...] of a table [N, ...]. An empty bag gives zeros."""
     import torch
 
-    shape = (len(lengths), *rows.shape[1:])
+    shape = (lengths.shape[0], *rows.shape[1:])
     if not indices.numel() or not rows.numel():
         return rows.new_zeros(shape)
-    ends = lengths.cumsum(0)
-    bags = torch.nn.functional.embedding_bag(indices, rows.reshape(len(rows), -1), (ends - lengths).to(indices.dtype),
-                                             mode="sum", per_sample_weights=weights)
+    starts = (lengths.cumsum(0) - lengths).to(indices.dtype)
+    bags = torch.nn.functional.embedding_bag(indices, rows.reshape(rows.shape[0], -1), starts, mode="sum",
+                                             per_sample_weights=weights)
     return bags.reshape(shape)
 
 
@@ -87,8 +87,8 @@ def _sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 
 
 def _expect_lookup(node: Node, table, indices, lengths) -> None:
-    _expect_total(node, len(node.inputs) - 1, lengths, len(indices))
-    expect_indices(node, len(node.inputs) - 2, indices, len(table))
+    _expect_total(node, len(node.inputs) - 1, lengths, indices.shape[0])
+    expect_indices(node, len(node.inputs) - 2, indices, table.shape[0])
 
 
 def _sum_aten(node: Node, table, indices, lengths):
@@ -208,10 +208,10 @@ def _spread(node: Node, dy, lengths, indices, position: int):
     """Row b of dY, once for each index of bag b. `position` is that of the lengths among the inputs."""
     import torch
 
-    _expect_total(node, position, lengths, len(indices))
+    _expect_total(node, position, lengths, indices.shape[0])
     if node.args["fixed_lookups"] == 1:
         return dy.clone()
-    return torch.repeat_interleave(dy, lengths, dim=0, output_size=len(indices))
+    return torch.repeat_interleave(dy, lengths, dim=0, output_size=indices.shape[0])
 
 
 def _sum_gradient_aten(node: Node, dy, lengths, indices):

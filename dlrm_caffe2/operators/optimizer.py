@@ -102,7 +102,7 @@ def _scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 
 def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     """Each listed row times w0, once for every time it is listed; then X[I[k]] += w1 * X1[k], in the order of k."""
-    expect_indices(node, 2, indices, len(x))
+    expect_indices(node, 2, indices, x.shape[0])
     indices = indices.long()  # what index_copy_ takes; index_add_ is ten times slower with int32
     if not x1.numel():
         return x
@@ -111,7 +111,7 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
             rows = indices[positions]
             x.index_copy_(0, rows, x.index_select(0, rows) * w0.reshape(()))
     # Scaled first: index_add_ is several times slower with an alpha of its own.
-    x.view(len(x), -1).index_add_(0, indices, (x1 * w1.reshape(())).reshape(len(indices), -1))
+    x.view(x.shape[0], -1).index_add_(0, indices, (x1 * float(w1)).reshape(indices.shape[0], -1))
     return x
 
 
