@@ -83,7 +83,7 @@ def _examine(spec: ModelSpec, case: Case, model: Model, trains: bool, tensor: st
     held = before | state | batch.arrays() | trace
     result = Examination(tensor, operators(model).get(tensor, ""), model.engine, optimizer, step,
                          {name: held[name] for name in sources if name in held}, missing(tensor, ""), [])
-    expected = evaluate(spec, before, batch, trains, engine=trace)
+    expected = evaluate(spec, before, batch, trains, engine=trace, same_run=tensor not in update_steps(spec))
     replayed = evaluate(spec, before, batch, trains, engine=trace, replay=True)
     verdicts = {verdict.tensor: verdict for verdict in judge_trace(spec, trace, expected, replayed, trains)}
     if tensor in update_steps(spec):

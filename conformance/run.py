@@ -149,7 +149,7 @@ def first_failure(case: Case, backend: Backend, device: str = "cpu") -> Fault | 
         expected = evaluate(case.spec, case.parameters, case.batches[0], backend.trains, engine=trace)
         faults = _judge_trace(case, model, trace, expected, backend.trains).faults
         if optimizer and not faults:
-            faults = _judge_training(case, model, optimizer, lambda message: None, (trace, expected)).faults
+            faults = _judge_training(case, model, optimizer, lambda message: None).faults
         return faults[0] if faults else None
     finally:
         model.close()
@@ -179,7 +179,7 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
         section = _judge_trace(case, model, trace, expected, backend.trains)
         result.sections.append(section)
         if first:
-            result.sections.append(_judge_training(case, model, first, told, (trace, expected)))
+            result.sections.append(_judge_training(case, model, first, told))
     finally:
         model.close()
     for optimizer in others:
@@ -205,13 +205,12 @@ def operators(model: Model) -> dict[str, str]:
     return model.operators() if isinstance(model, NamesOperators) else {}
 
 
-def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress,
-                    first: tuple[Arrays, Evaluation] | None = None) -> Section:
+def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress) -> Section:
     """Train from the initial parameters; each step is judged from the state the backend itself had before it.
 
-    The trace before the step tells on which side of each kink the backend was; `first` is the first step's, and its
-    evaluation, where they are known. What cannot be compared ends the training: the next step would have nothing to
-    be judged from.
+    The trace before the step tells on which side of each kink the backend was; the step itself may be another
+    program, rounded otherwise. What cannot be compared ends the training: the next step would have nothing to be judged
+    from.
     """
     spec = case.under(optimizer)
     section = Section(optimizer, len(case.batches), spec.optimizer.learning_rate)
@@ -223,11 +222,8 @@ def _judge_training(case: Case, model: Model, optimizer: str, progress: Progress
         return section
     for step, batch in enumerate(case.batches, start=1):
         progress(f"{optimizer}, step {step}")
-        if step > 1 or first is None:
-            trace = model.trace(batch)
-            evaluation = evaluate(spec, before, batch, engine=trace)
-        else:
-            trace, evaluation = first
+        trace = model.trace(batch)
+        evaluation = evaluate(spec, before, batch, engine=trace, same_run=False)
         loss = model.train_step(batch)
         after, new_state = model.parameters(), model.optimizer_state()
         expected = update(spec, before, state, evaluation)

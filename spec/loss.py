@@ -8,7 +8,7 @@ import numpy as np
 
 from spec import rounding
 from spec.model import Loss
-from spec.rounding import FLIP, FUNCTION, ROUND, C, Tracked, U
+from spec.rounding import FLIP, FUNCTION, ROUND, UNDERFLOW, C, Tracked, U
 
 FLOOR = float(np.float32(1e-20))
 """Least probability whose logarithm is taken (Caffe2's LabelCrossEntropy)."""
@@ -42,8 +42,10 @@ def evaluate(loss: Loss, logit: Tracked, probability: Tracked, label: np.ndarray
 def _mean(terms: Tracked) -> Tracked:
     batch = max(terms.value.size, 1)
     total = terms.value.sum()
-    variance = terms.variance.sum() + rounding.summed(batch - 1, (terms.value**2).sum(), total)
-    return Tracked(total / batch, variance / batch**2 + 2 * ROUND * (total / batch) ** 2)
+    m = rounding.occurrences(terms.value)[:, None]
+    variance = (m * terms.variance).sum() + rounding.summed(batch - 1, (terms.value**2).sum(), total)
+    variance += rounding.drift((m > 1).sum(), np.abs(terms.value).sum())
+    return Tracked(total / batch, variance / batch**2 + 2 * ROUND * (total / batch) ** 2 + UNDERFLOW**2)
 
 
 def _mse(logit: Tracked | None, probability: Tracked, label: np.ndarray) -> LossResult:
@@ -52,7 +54,8 @@ def _mse(logit: Tracked | None, probability: Tracked, label: np.ndarray) -> Loss
     variance = probability.variance + ROUND * difference**2
     square = difference**2
     expanded = ROUND * (probability.value**2 + label**2) ** 2  # Caffe2's SquaredL2Distance sums x^2 - 2xy + y^2
-    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + 2 * ROUND * square**2 + expanded)
+    local = 2 * ROUND * square**2 + expanded + UNDERFLOW**2
+    squares = Tracked(square, 4 * square * variance + C**2 * variance**2 + local)
     gradient = 2 * difference / batch
     dprobability = Tracked(gradient, (2 / batch) ** 2 * variance + 3 * ROUND * gradient**2)
     return LossResult(_mean(squares), dprobability, partial(rounding.sigmoid_gradient, logit, probability), 0)
@@ -64,7 +67,8 @@ def _bce_logits(logit: Tracked, label: np.ndarray) -> LossResult:
     value = linear + np.log1p(np.exp(-np.abs(z)))
     sigmoid = rounding.sigmoid(logit)
     slope = sigmoid.value * (1 - label) - rounding.sigmoid_value(-z) * label  # sigmoid(z) - label, never cancelling
-    terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2))
+    # As it is written in SPEC.md: the rounding of 1 + exp(-|z|), up to u, is that of its logarithm.
+    terms = Tracked(value, slope**2 * logit.variance + FUNCTION * (value**2 + linear**2) + ROUND)
     dlogit = Tracked(slope / batch, (sigmoid.variance + 3 * ROUND * slope**2) / batch**2)
     return LossResult(_mean(terms), None, lambda _: dlogit, 0)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from spec import rounding
-from spec.rounding import ROUND, Tracked
+from spec.rounding import ROUND, UNDERFLOW, Tracked
 
 if TYPE_CHECKING:
     from spec.model import Table
@@ -43,6 +43,9 @@ def forward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None,
     y = segment_sum(terms, lengths)
     roundings = n if pooling is not None else np.maximum(n - 1, 0)
     variance = rounding.summed(roundings, segment_sum(terms**2, lengths), y)
+    bag = np.repeat(np.arange(len(lengths)), lengths)
+    repeated = _occurrences(indices * len(lengths) + bag, np.ones(len(indices))) > 1
+    variance += rounding.drift(segment_sum(repeated[:, None], lengths), segment_sum(np.abs(terms), lengths))
     if table.pooling == "mean":
         scale = 1 / np.maximum(n, 1)
         y, variance = y * scale, variance * scale**2
@@ -50,12 +53,18 @@ def forward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None,
     return Tracked(y, variance)
 
 
+def _occurrences(group: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """float64 [P]: how often terms of each one's group [P] occur, where each occurs `times` [P] times."""
+    _, group = np.unique(group, return_inverse=True)
+    return np.bincount(group, times)[group]
+
+
 def backward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None, indices: np.ndarray,
              lengths: np.ndarray, dy: Tracked) -> tuple[RowGradient, RowGradient | None]:
     """(gradient of weight, gradient of the row weights where they are learned) for dy [B, E].
 
-    A row that stands m times in one bag gets the same term m times, whose error has one cause: the variance is
-    m^2 that of the term, not m.
+    A row that stands m times in one bag, or in m bags with equal gradients, gets the same term m times, whose error has
+    one cause: the variance is m^2 that of the term, not m.
     """
     batch = max(len(lengths), 1)
     bag = np.repeat(np.arange(len(lengths)), lengths)
@@ -69,23 +78,29 @@ def backward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None, ind
         scale, roundings = pooling[row].astype(np.float64)[:, None], np.ones((len(pairs), 1))
     terms = dy[bag]
     value = terms.value * scale
-    gradient = _sum_rows(row, times, Tracked(value, terms.variance * scale**2 + roundings * ROUND * value**2))
+    local = roundings * (ROUND * value**2 + UNDERFLOW**2)
+    group = rounding.equal_rows(dy.value, lengths)[bag]
+    gradient = _sum_rows(row, times, group, Tracked(value, terms.variance * scale**2 + local))
     learned = None
     if table.pooling == "weighted_learned":
-        learned = _sum_rows(row, times, _dot(terms, weight[row].astype(np.float64)))
+        learned = _sum_rows(row, times, group, _dot(terms, weight[row].astype(np.float64)))
     return gradient, learned
 
 
-def _sum_rows(row: np.ndarray, times: np.ndarray, terms: Tracked) -> RowGradient:
-    """Sum terms [P, ...] that each occur `times` [P] times, for each row; `row` [P] ascends."""
+def _sum_rows(row: np.ndarray, times: np.ndarray, group: np.ndarray, terms: Tracked) -> RowGradient:
+    """Sum terms [P, ...] that each occur `times` [P] times, for each row; `row` [P] ascends. Terms of a row that are of
+    the same `group` [P] are equal."""
     rows, start = np.unique(row, return_index=True)
     lengths = np.diff(np.append(start, len(row)))
     count = segment_sum(times, lengths)
-    times = times.reshape(-1, *(1,) * (terms.value.ndim - 1)).astype(np.float64)
+    m = _occurrences(row * (group.max(initial=0) + 1) + group, times)
+    m, times = (array.reshape(-1, *(1,) * (terms.value.ndim - 1)).astype(np.float64) for array in (m, times))
     total = segment_sum(times * terms.value, lengths)
     squares = segment_sum(times * terms.value**2, lengths)
     additions = (count - 1).reshape(-1, *(1,) * (total.ndim - 1))
-    variance = segment_sum(times**2 * terms.variance, lengths) + rounding.summed(additions, squares, total)
+    variance = segment_sum(m * times * terms.variance, lengths) + rounding.summed(additions, squares, total)
+    repeated = segment_sum(np.where(m > 1, times, 0), lengths)
+    variance += rounding.drift(repeated, segment_sum(times * np.abs(terms.value), lengths))
     return RowGradient(rows, count, squares, Tracked(total, variance))
 
 

@@ -31,13 +31,14 @@ class Evaluation:
 
 
 def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool = True,
-             engine: Arrays | None = None, replay: bool = False) -> Evaluation:
+             engine: Arrays | None = None, replay: bool = False, same_run: bool = True) -> Evaluation:
     """Forward, and backward if asked for, in float64 from float32 parameters and batch.
 
     `engine` is the trace of the engine under judgement. It decides what rounding leaves open, and only that:
-    where a value is within reach of a kink, the gradient follows the side that the engine was on; where a
-    saturated probability leaves next to nothing known of the logit's gradient, what lies behind it follows
-    from the engine's own. Without `engine` the variances allow for every outcome.
+    the gradients follow from the engine's own activations, and what lies behind the logit's gradient from its own,
+    element by element and only where they conform; where a value is within reach of a kink, the gradient follows the
+    side that the engine was on. With `same_run` False another run is judged than the one that `engine` traces: it may
+    be rounded otherwise, and the variances stay. Without `engine` they allow for every outcome.
 
     With `replay` every tensor is computed from the engine's own inputs of it, as they were recorded: the engine's
     error in that one step is left, and the variance that the step alone allows.
@@ -67,7 +68,11 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
             dprobability = run.tap("probability_grad", dprobability)
         dlogit = losses.dlogit(dprobability)
         used = run.tap(f"{logit}_grad", dlogit)
-        start = used if replay else _decided(dlogit, run.own(f"{logit}_grad", dlogit))
+        # What next to nothing is known of, behind a saturated probability, would be a common factor of all the rest.
+        lost = C * dlogit.reach > np.abs(dlogit.value)
+        start = used if replay else _followed(dlogit, run.own(f"{logit}_grad", dlogit), same_run | lost)
+        if not replay:
+            run.used |= {name: _followed(x, run.own(name, x), same_run) for name, x in run.used.items()}
         _backward(spec, parameters, batch, wide, dense, start, run)
     return run.result
 
@@ -92,16 +97,18 @@ class _Run:
         return own if isinstance(own, np.ndarray) and own.shape == expected.value.shape else None
 
 
-def _decided(dlogit: Tracked, engine: np.ndarray | None) -> Tracked:
-    """The engine's own gradient of the logit, for samples whose gradient is uncertain by more than 1 / C of it.
+def _followed(expected: Tracked, engine: np.ndarray | None, exactly: bool | np.ndarray) -> Tracked:
+    """The engine's own numbers where they conform; `exactly` says which are just as they were recorded.
 
-    The error of a logit's gradient is a common factor of everything behind it; as large as this, it would add
-    up where the propagation by variance takes errors to be independent.
+    The errors of an activation, or of a logit's gradient, are not independent from sample to sample: where samples
+    are alike, so are the errors of the functions in them. In a sum over the batch they would add up, where
+    the propagation by variance takes them to cancel.
     """
     if engine is None:
-        return dlogit
-    open_ = (C * dlogit.reach > np.abs(dlogit.value)) & (np.abs(engine - dlogit.value) <= dlogit.reach)
-    return Tracked(np.where(open_, engine, dlogit.value), np.where(open_, 0, dlogit.variance))
+        return expected
+    conforms = np.abs(engine - expected.value) <= expected.reach
+    variance = np.where(exactly, np.minimum(recorded(engine).variance, expected.variance), expected.variance)
+    return Tracked(np.where(conforms, engine, expected.value), np.where(conforms, variance, expected.variance))
 
 
 def _mlp(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, run: _Run) -> Tracked:
@@ -150,7 +157,7 @@ def _mlp_backward(spec: ModelSpec, mlp: str, x: Tracked, wide: Arrays, run: _Run
             dy = run.tap(f"{name}.preactivation_grad",
                          rounding.relu_gradient(z, dy, run.own(f"{name}.preactivation", z))
                          if getattr(spec, mlp).activation == "relu"
-                         else rounding.sigmoid_gradient(None if run.replay else z, run.used[f"{name}.activation"], dy))
+                         else rounding.sigmoid_gradient(None if run.engine else z, run.used[f"{name}.activation"], dy))
         source = run.used[f"{mlp}.{layer - 1}.activation"] if layer else x
         dw, db, dy = rounding.fully_connected_gradient(source, wide[f"{name}.weight"], dy)
         run.tap(f"{name}.weight_grad", dw)

@@ -73,6 +73,31 @@ def recorded(value: np.ndarray) -> Tracked:
     return Tracked(value, ROUND * value**2)
 
 
+def equal_rows(*arrays: np.ndarray) -> np.ndarray:
+    """int64 [B]: a number for each row that rows share which are equal in float32, in all of the arrays [B, ...]."""
+    rows = np.concatenate([array.reshape(len(array), -1) for array in arrays], 1).astype(np.float32) + np.float32(0)
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
+
+
+def occurrences(*arrays: np.ndarray) -> np.ndarray:
+    """float64 [B]: how many rows are equal to each one in float32, itself included, in all of the arrays [B, ...].
+
+    The errors of equal terms have one cause: in a sum, m of them have m^2 the variance of one.
+    """
+    groups = equal_rows(*arrays)
+    return np.bincount(groups)[groups].astype(np.float64)
+
+
+def drift(repeated: float | np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    """What is added to a sum's variance where `repeated` of its terms are equal to others of them.
+
+    A running sum rounds equal terms all the same way while it stays within one power of two. Such errors are not
+    independent: they add up as they are, each at most u times `magnitudes`, the sum of |t|. That is their reach.
+    """
+    return (U * repeated * magnitudes / C) ** 2
+
+
 def concatenate(parts: list[Tracked], axis: int) -> Tracked:
     return Tracked(np.concatenate([p.value for p in parts], axis), np.concatenate([p.variance for p in parts], axis))
 
@@ -99,9 +124,14 @@ def fully_connected_gradient(x: Tracked, w: np.ndarray, dy: Tracked) -> tuple[Tr
     batch, outputs = dy.value.shape
     dw = dy.value.T @ x.value
     dy_squared = dy.value**2
-    dw_variance = (dy.variance + summed(batch, dy_squared, 0)).T @ x.value**2 + dy_squared.T @ x.variance
+    m = occurrences(dy.value, x.value)[:, None]
+    dw_variance = (m * dy.variance + summed(batch, dy_squared, 0)).T @ x.value**2 + dy_squared.T @ (m * x.variance)
+    if (m > 1).any():
+        dw_variance += drift((m > 1).sum(), np.abs(dy.value).T @ np.abs(x.value))
     db = dy.value.sum(0)
-    db_variance = dy.variance.sum(0) + summed(max(batch - 1, 0), dy_squared.sum(0), db)
+    m = occurrences(dy.value)[:, None]
+    db_variance = (m * dy.variance).sum(0) + summed(max(batch - 1, 0), dy_squared.sum(0), db)
+    db_variance += drift((m > 1).sum(), np.abs(dy.value).sum(0))
     dx = dy.value @ w
     dx_variance = (dy.variance + summed(outputs, dy_squared, 0)) @ w**2 + summed(outputs, 0, dx)
     return (Tracked(dw, dw_variance + summed(batch, 0, dw)), Tracked(db, db_variance), Tracked(dx, dx_variance))

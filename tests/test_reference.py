@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conformance.case import make_case
+from spec import pooling
 from spec.model import ModelSpec
 from spec.parameters import initial_state, moment_name, state_shapes
 from spec.reference import evaluate
@@ -146,3 +147,17 @@ def test_relu_gradient_near_zero_takes_the_flipped_mask_in():
     assert dz.value.tolist() == [3.0, 0.0, 3.0, 0.0, 0.0]
     assert (dz.reach[:2] >= 3.0).all() and not dz.reach[2:].any()
     assert relu(z).reach[3] == 0
+
+
+def test_equal_terms_of_a_bag_drift_and_the_bound_covers_it():
+    """A running float32 sum of one row, again and again: its errors are all of one sign."""
+    table = small_spec().tables[0]
+    weight = np.random.default_rng(0).standard_normal((9, 50)).astype(np.float32)
+    indices = np.zeros(5000, np.int64)
+    expected = pooling.forward(table, weight, None, indices, np.array([5000], np.int32))
+    error = np.abs(np.add.accumulate(weight[indices], axis=0, dtype=np.float32)[-1] - expected.value[0])
+    without = C * np.sqrt(summed(4999, 5000 * weight.astype(np.float64)**2, expected.value[0]))
+    assert (error > without).any() and (error <= expected.reach[0]).all()
+    distinct = pooling.forward(table, weight, None, np.arange(9), np.array([9], np.int32))
+    independent = summed(8, (weight.astype(np.float64) ** 2).sum(0), distinct.value[0])
+    assert np.allclose(distinct.variance, independent, rtol=1e-12)
