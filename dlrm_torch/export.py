@@ -143,6 +143,9 @@ class _Traced(DLRM):
     def __init__(self, spec: ModelSpec, bags: type[EmbeddingBags]) -> None:
         super().__init__(spec)
         self.tables = bags(spec.tables, spec.embedding_dim)
+        for mlp in (self.bottom, self.top):
+            mlp.activations = [(name, _sigmoid if function is torch.sigmoid else function)
+                               for name, function in mlp.activations]
 
     def forward(self, dense_BD: Tensor, lookups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         seen: dict[str, Tensor] = {}
@@ -153,6 +156,12 @@ class _Traced(DLRM):
 
         self.outputs(dense_BD, self.tables.pool(lookups), keep)
         return [seen[name] for name in trace_names(self.spec, gradients=False)]
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Not ONNX's Sigmoid: ONNX Runtime's is good to 1e-7 in absolute terms only, so small probabilities are wrong
+    (conformance/DIVERGENCES.md)."""
+    return (1 + torch.exp(-x)).reciprocal()
 
 
 def _assemble(spec: ModelSpec, exported: onnx.ModelProto, source: str) -> onnx.ModelProto:
