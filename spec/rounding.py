@@ -75,7 +75,8 @@ def recorded(value: np.ndarray) -> Tracked:
 
 def equal_rows(*arrays: np.ndarray) -> np.ndarray:
     """int64 [B]: a number for each row that rows share which are equal in float32, in all of the arrays [B, ...]."""
-    rows = np.concatenate([array.reshape(len(array), -1) for array in arrays], 1).astype(np.float32) + np.float32(0)
+    with np.errstate(over="ignore"):
+        rows = np.concatenate([array.reshape(len(array), -1) for array in arrays], 1).astype(np.float32) + np.float32(0)
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
 

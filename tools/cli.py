@@ -91,7 +91,8 @@ def spec_schema() -> None:
     "dlrm conform tiny --mutants --backend torch",
     "dlrm conform tiny --write-bundle bundle",
     "dlrm conform --bundle bundle",
-    "dlrm conform --template my_port.py"))
+    "dlrm conform --template my_port.py",
+    "dlrm conform --fuzz 200 --seed 1 --out failing"))
 @click.argument("specs", nargs=-1)
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
               help="A backend to run, by name or as module:attribute; repeat for several.  [default: every registered "
@@ -109,7 +110,8 @@ def spec_schema() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of parameters and random data.")
 @click.option("--device", default="cpu", show_default=True, help="Where backends run; never tried on a GPU.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html; of --fuzz, for "
+              "the failing specs and their batches.  [default: of --fuzz, fuzz]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report as JSON to this file.")
 @click.option("--xfail", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML of [[xfail]] entries: backend, tensor, reason, and optionally preset, phase, optimizer. What "
@@ -122,6 +124,10 @@ def spec_schema() -> None:
                    "that it must pass. --out gets MUTANTS.md.")
 @click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
               help="Run nothing: write a backend to start a port from; see conformance/PORTING.md.")
+@click.option("--fuzz", type=click.IntRange(min=1), metavar="N",
+              help="Judge N generated specs and batches instead; those that fail are made as small as they get.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="End --fuzz after this time.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes of --fuzz.  [default: one for each core]")
 @click.option("--write-bundle", type=click.Path(path_type=Path), metavar="DIR",
               help="Run nothing: write the case of one spec as files, for programs that no Python reaches.")
 @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR",
@@ -129,7 +135,8 @@ def spec_schema() -> None:
 def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
             json_path: Path | None, xfail: Path | None, only: str | None, mutants: bool, template: Path | None,
-            write_bundle: Path | None, bundle: Path | None) -> None:
+            fuzz: int | None, minutes: float | None, jobs: int | None, write_bundle: Path | None,
+            bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
     SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
@@ -137,14 +144,23 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
 
     A port that Python cannot call is judged by files: --write-bundle, then --bundle.
     """
-    if [bool(specs), bool(bundle), bool(template)].count(True) != 1:
-        raise click.UsageError("name SPECS, or --bundle DIR, or --template FILE, and only one of them")
+    if [bool(specs), bool(bundle), bool(template), bool(fuzz)].count(True) != 1:
+        raise click.UsageError("name SPECS, or --bundle DIR, or --template FILE, or --fuzz N, and only one of them")
+    if (minutes or jobs) and not fuzz:
+        raise click.UsageError("--minutes and --jobs go with --fuzz N")
     if template:
         _reject("--template", only, mutants or None, backends, optimizers, steps, batch_size, max_rows, out, json_path,
                 xfail, write_bundle)
         from tools.template import write_template
         click.echo(write_template(template))
         return
+    from spec.threads import wait_without_spinning
+    wait_without_spinning()
+    if fuzz:
+        _reject("--fuzz", only, mutants or None, optimizers, steps, batch_size, max_rows, xfail, write_bundle)
+        from tools.fuzz import run as run_campaign
+        ok = run_campaign(fuzz, seed, backends, minutes, jobs, out or Path("fuzz"), json_path)
+        raise click.exceptions.Exit(0 if ok else 1)
     if bundle:
         _reject("--bundle", only, mutants or None, optimizers, steps, batch_size, max_rows, write_bundle)
         from tools.bundle import judge
@@ -156,8 +172,6 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         from tools.bundle import write
         write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
         return
-    from spec.threads import wait_without_spinning
-    wait_without_spinning()
     if only:
         _reject("--only", out, json_path, xfail, specs[1:], backends[1:], given[1:])
         from tools.only import run as look
@@ -180,6 +194,7 @@ def _reject(option: str, *others: object) -> None:
     takes = {"--template": "no other option",
              "--mutants": "specs, --backend, --batch-size, --max-rows, --seed, --out and --json alone",
              "--only": "one spec, one --backend, one --optimizer at most, and no report",
+             "--fuzz": "--seed, --backend, --minutes, --jobs, --out and --json alone",
              "--bundle": "--backend, --xfail, --out and --json alone",
              "--write-bundle": "one spec, no backend and no report"}
     if any(other not in (None, ()) for other in others):
