@@ -35,11 +35,19 @@ class Rounded:
         value = np.asarray(value, np.float32)
         return self.faults[name](value) if name in self.faults else value
 
+    def _evaluate(self, batch):
+        """Its float32 values decide on which side of a kink it is, not the float64 ones behind them."""
+        evaluation = evaluate(self.spec, self.held, batch)
+        if evaluation.kinks:
+            own = {name: np.asarray(tensor.value, np.float32) for name, tensor in evaluation.tensors.items()}
+            evaluation = evaluate(self.spec, self.held, batch, engine=own)
+        return evaluation
+
     def predict(self, batch):
-        return evaluate(self.spec, self.held, batch).tensors["probability"].value.astype(np.float32)
+        return self._evaluate(batch).tensors["probability"].value.astype(np.float32)
 
     def trace(self, batch):
-        evaluation = evaluate(self.spec, self.held, batch)
+        evaluation = self._evaluate(batch)
         named = {name: self._float32(name, tensor.value) for name, tensor in evaluation.tensors.items()}
         for parameter, rows in evaluation.rows.items():
             indices, values = slice_names(parameter)
@@ -49,7 +57,7 @@ class Rounded:
     def train_step(self, batch):
         if self.dies:
             raise EngineError(f"{self.name}: the worker died")
-        evaluation = evaluate(self.spec, self.held, batch)
+        evaluation = self._evaluate(batch)
         for name, new in update(self.spec, self.held, self.state, evaluation).items():
             array = self.held[name] if name in self.held else self.state[name]
             array[slice(None) if new.rows is None else new.rows] = self._float32(name, new.new.value)
