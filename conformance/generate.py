@@ -137,7 +137,7 @@ def _widths(integer: Integer, inputs: int, last: int) -> tuple[int, ...]:
 
 
 def _tables(integer: Integer, dimension: int) -> tuple[Table, ...]:
-    count = _size(integer, MOST_TABLES)
+    count = _any(integer, (integer(1, 4), _size(integer, MOST_TABLES)))  # mostly few: exporters take long for each one
     tables = []
     for _ in range(count):
         lookups = _size(integer, min(MOST_LOOKUPS, 20 * MOST_LOOKUPS // count))

@@ -20,7 +20,7 @@ from dlrm_caffe2.export import train_model
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.onnx.axes import Axes
 from dlrm_caffe2.onnx.convert import export_net, inline
-from dlrm_caffe2.onnx.sparse import may_overwrite
+from dlrm_caffe2.onnx.sparse import overwritable
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
 from spec.data.random import random_batch
@@ -50,10 +50,10 @@ def flat_model(*operators):
 def test_a_table_is_overwritten_only_after_all_that_reads_it():
     look = make_operator("Gather", ["w", "i"], ["y"])
     after = make_operator("ScatterWeightedSum", ["w", "one", "i", "y", "rate"], ["w"])
-    assert may_overwrite(flat_model(UPDATE), "w", "w.new")
-    assert may_overwrite(flat_model(look, after), "w", "w.new")
-    assert not may_overwrite(flat_model(look, UPDATE), "w", "w.new")
-    assert not may_overwrite(flat_model(UPDATE, UPDATE), "w", "w.new")
+    assert overwritable(flat_model(UPDATE), {"w": "w.new"}) == {"w"}
+    assert overwritable(flat_model(look, after), {"w": "w.new"}) == {"w"}
+    assert not overwritable(flat_model(look, UPDATE), {"w": "w.new"})
+    assert not overwritable(flat_model(UPDATE, UPDATE), {"w": "w.new"})
 
 
 def test_this_onnx_runtime_updates_in_place():

@@ -14,7 +14,7 @@ from dlrm_caffe2.initial import initial_blobs
 from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.onnx.axes import Axes
 from dlrm_caffe2.onnx.convert import NODE_NAME, check_exportable, export_net, inline
-from dlrm_caffe2.onnx.sparse import Rows, may_overwrite, sparse_updates
+from dlrm_caffe2.onnx.sparse import Rows, overwritable, sparse_updates
 from dlrm_caffe2.operators.lowering import OPSET
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
@@ -71,7 +71,7 @@ class OnnxEngine:
     these has been fed anew. Constants that are too large for a model are passed to it at each run.
 
     Blobs that a net updates stay where they are. Of tables only the rows that change are written: by ONNX Runtime
-    itself where that is safe (`sparse.may_overwrite`) and works (`in_place.updates_in_place`), else here. Any other
+    itself where that is safe (`sparse.overwritable`) and works (`in_place.updates_in_place`), else here. Any other
     blob has a second memory for what becomes of it. What else a net computes is returned where it is asked for, and
     not kept as a blob. A run that fails may leave tables that are updated in part if its inputs let an operator fail
     that the update does not depend on.
@@ -243,9 +243,10 @@ class OnnxEngine:
         """Blobs that are updated by rows, but not in place: all that one operator updates, or none of them."""
         if not kept.sparse:
             return []
-        flat = inline(model)
-        unsafe = {kept.sparse[blob].rows for blob in kept.sparse
-                  if not updates_in_place(self.threads) or not may_overwrite(flat, blob, names[blob])}
+        safe: set[str] = set()
+        if updates_in_place(self.threads):
+            safe = overwritable(inline(model), {blob: names[blob] for blob in kept.sparse})
+        unsafe = {rows.rows for blob, rows in kept.sparse.items() if blob not in safe}
         return [blob for blob, rows in kept.sparse.items() if rows.rows in unsafe]
 
     def _model(self, key: _Key, constants: Arrays, by_rows: Collection[str] = ()) -> Any:

@@ -1,7 +1,7 @@
 """Updates of tables by rows: sorted once, and returned as rows alone or written over the table itself."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,20 +56,31 @@ def return_rows(node: Node, updates: Sequence[Rows]) -> Node:
     return replace(node, outputs=(updates[0].rows, *(update.values for update in updates)))
 
 
-def may_overwrite(flat: "onnx.ModelProto", blob: str, updated: str) -> bool:
-    """Whether an inlined model can be given one memory for an input and for the output that it has become: a
-    ScatterND of the one makes the other, after everything else that reads the input."""
-    makers = {name: node for node in flat.graph.node for name in node.output}
-    last = makers[updated]
-    if last.op_type != "ScatterND" or last.input[0] != blob:
-        return False
-    needed, pending = set(), [*last.input]
-    while pending:
-        name = pending.pop()
-        if name in makers and name not in needed:
-            needed.update(makers[name].output)
-            pending += _read(makers[name])
-    return all(needed.intersection(node.output) for node in flat.graph.node if node is not last and blob in _read(node))
+def overwritable(flat: "onnx.ModelProto", updates: Mapping[str, str]) -> set[str]:
+    """Of `updates`, from inputs of an inlined model to the outputs that they have become, those inputs that can share
+    one memory with their output: a ScatterND of the one makes the other, after everything else that reads the input."""
+    nodes = flat.graph.node
+    reads = [set(_read(node)) for node in nodes]
+    makers = {name: number for number, node in enumerate(nodes) for name in node.output}
+
+    def before(number: int) -> set[int]:
+        """The nodes that it needs."""
+        found: set[int] = set()
+        pending = [number]
+        while pending:
+            new = {makers[name] for name in reads[pending.pop()] if name in makers} - found
+            found |= new
+            pending += new
+        return found
+
+    result = set()
+    for blob, updated in updates.items():
+        last = makers[updated]
+        if nodes[last].op_type == "ScatterND" and nodes[last].input[0] == blob:
+            readers = {number for number, names in enumerate(reads) if blob in names}
+            if readers <= before(last) | {last}:
+                result.add(blob)
+    return result
 
 
 def _read(node: "onnx.NodeProto") -> Iterator[str]:
