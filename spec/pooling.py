@@ -83,8 +83,18 @@ def backward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None, ind
     gradient = _sum_rows(row, times, group, Tracked(value, terms.variance * scale**2 + local))
     learned = None
     if table.pooling == "weighted_learned":
-        learned = _sum_rows(row, times, group, _dot(terms, weight[row].astype(np.float64)))
+        learned = _learned(row, times, group, terms, weight[row].astype(np.float64))
     return gradient, learned
+
+
+def _learned(row: np.ndarray, times: np.ndarray, group: np.ndarray, dy: Tracked, weight: np.ndarray) -> RowGradient:
+    """The sum of `dy` [P, E] times `weight` [P, E] over elements and lookups. The variance is the larger of both
+    orders': elements that cancel in each lookup's dot product do not cancel the errors of sums over lookups."""
+    dots = _sum_rows(row, times, group, _dot(dy, weight))
+    elements = _sum_rows(row, times, group, Tracked(dy.value * weight, dy.variance * weight**2)).gradient
+    squares = (elements.value**2).sum(1)
+    variance = elements.variance.sum(1) + rounding.summed(weight.shape[1], squares, dots.gradient.value)
+    return dots._replace(gradient=Tracked(dots.gradient.value, np.maximum(dots.gradient.variance, variance)))
 
 
 def _sum_rows(row: np.ndarray, times: np.ndarray, group: np.ndarray, terms: Tracked) -> RowGradient:

@@ -10,7 +10,7 @@ from spec import pooling
 from spec.model import ModelSpec
 from spec.parameters import initial_state, moment_name, state_shapes
 from spec.reference import evaluate
-from spec.rounding import C, Tracked, exact, fully_connected, near, relu, relu_gradient, summed
+from spec.rounding import C, Tracked, U, exact, fully_connected, near, recorded, relu, relu_gradient, summed
 from spec.tensors import slice_names, trace_names
 from spec.update import update
 
@@ -161,3 +161,18 @@ def test_equal_terms_of_a_bag_drift_and_the_bound_covers_it():
     distinct = pooling.forward(table, weight, None, np.arange(9), np.array([9], np.int32))
     independent = summed(8, (weight.astype(np.float64) ** 2).sum(0), distinct.value[0])
     assert np.allclose(distinct.variance, independent, rtol=1e-12)
+
+
+def test_row_weights_may_be_summed_over_lookups_first():
+    """Products that cancel in every lookup, of a row that one bag holds often: the sums over lookups drift apart."""
+    table = small_spec().tables[0].model_copy(update={"pooling": "weighted_learned"})
+    weight, pooling_weight = np.array([[1.3651, 1.4226]], np.float32), np.ones(1, np.float32)
+    dy, times = np.array([[5.9990675, -5.7566]], np.float32), 1000
+    _, learned = pooling.backward(table, weight, pooling_weight, np.zeros(times, np.int64),
+                                  np.array([times], np.int32), recorded(dy))
+    (expected,), (reach,) = learned.gradient.value, learned.gradient.reach
+    sums = np.add.accumulate(np.repeat(dy, times, 0), axis=0, dtype=np.float32)[-1]
+    products = np.add.accumulate(np.full(times, dy[0] @ weight[0]), dtype=np.float32)[-1]
+    drifts_of_dots = U * times * abs(expected)
+    assert drifts_of_dots < abs(sums @ weight[0] - expected) <= reach
+    assert abs(products - expected) <= reach
