@@ -18,7 +18,7 @@ run: setup
 
 test: setup
 	$(BIN)/python tests/old_onnxruntime.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The stamp is written last, so that an interrupted installation is begun again.
 setup: .venv/installed
