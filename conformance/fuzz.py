@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +137,8 @@ def _judged(examples: Sequence[Example], names: Sequence[str],
             raise EngineError("a backend ended its process; find out which with --backend and --jobs 1") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():  # what they are at may take a minute more, and nobody listens
+                worker.terminate()
 
 
 def _start_worker() -> None:
