@@ -34,7 +34,10 @@ def update_operators(spec: ModelSpec, gradients: Mapping[str, str | Slice],
         if isinstance(gradient, Slice) and needs_distinct_rows(spec) and not distinct:
             yield from _coalesce(gradient, coalesced)
             gradient = _unique(gradient)
-        yield rule(spec, parameter, gradient)
+        update = rule(spec, parameter, gradient)
+        if isinstance(gradient, Slice) and distinct:
+            update.arg.add(name="distinct_rows", i=1)
+        yield update
 
 
 def _sgd(spec: ModelSpec, parameter: str, gradient: str | Slice) -> OperatorDef:

@@ -68,6 +68,13 @@ class Source:
         values = self.rng.integers(0, rows, count) if rows else np.empty(0)
         return values.astype(self.choice(np.int32, np.int64))
 
+    def updated_rows(self, count: int, rows: int) -> tuple[np.ndarray, dict[str, int]]:
+        """(indices, arguments): any rows, or different ones with the promise that they are."""
+        indices = self.indices(count, rows)
+        if self.choice(True, False):
+            return indices, {}
+        return self.rng.permutation(np.unique(indices)), {"distinct_rows": 1}
+
     def bags(self, rows: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """(indices, lengths, arguments), with empty bags or with bags of a fixed size."""
         fixed = self.size(0, 3) if rows else 0
@@ -318,9 +325,9 @@ def _weighted_sum(s: Source) -> Case:
 
 def _scatter(s: Source) -> Case:
     rows, row = s.size(1), s.shape(0, 2)
-    indices = s.indices(s.size(), rows)
+    indices, options = s.updated_rows(s.size(), rows)
     return make_case("ScatterWeightedSum", [s.floats(rows, *row), np.array([s.choice(1, 0.7)], np.float32), indices,
-                                            s.floats(len(indices), *row), s.floats(1)])
+                                            s.floats(len(indices), *row), s.floats(1)], **options)
 
 
 def _unique(s: Source) -> Case:
@@ -346,12 +353,10 @@ def _adagrad(s: Source) -> Case:
 def _sparse_adagrad(type: str) -> Callable[[Source], Case]:
     def build(s: Source) -> Case:
         rows, row = s.size(1), s.shape(0, 2, least=1)  # Caffe2 divides by the size of a row
-        indices = s.indices(s.size(), rows)
-        if s.choice(True, False):
-            indices = np.unique(indices)
+        indices, options = s.updated_rows(s.size(), rows)
         moment = s.positive(rows, *(() if "RowWise" in type else row))
         return make_case(type, [s.floats(rows, *row), moment, indices, s.floats(len(indices), *row),
-                                np.float32([-0.1])], 2, **_adagrad_arguments(s))
+                                np.float32([-0.1])], 2, **_adagrad_arguments(s), **options)
     return build
 
 

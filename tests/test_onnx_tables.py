@@ -24,7 +24,7 @@ from dlrm_caffe2.onnx.sparse import overwritable
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec import toml
 from spec.data.random import random_batch
-from spec.parameters import initial_parameters, initial_state, is_sparse, state_shapes, trained_parameters
+from spec.parameters import initial_parameters, initial_state, state_shapes, trained_parameters
 
 UPDATE = make_operator("ScatterWeightedSum", ["w", "one", "i", "g", "rate"], ["w"])
 BLOBS = {"w": np.arange(12, dtype=np.float32).reshape(6, 2), "one": np.float32([1]), "rate": np.float32([-0.5]),
@@ -104,8 +104,7 @@ def test_a_step_in_a_file_by_rows(kind):
         sorts = [node for node in nodes_of(inline(model).graph)
                  if node.op_type == "TopK" and not node.name.startswith("BatchGather")]
         learned = sum(table.pooling == "weighted_learned" for table in spec.tables) if kind == "sgd" else 0
-        unsorted = 0 if kind == "sgd" else sum(map(is_sparse, state_shapes(spec)))  # where rows would not be distinct
-        assert len(sorts) == len(spec.tables) + learned + unsorted
+        assert len(sorts) == len(spec.tables) + learned
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         found.append(dict(zip(names, session.run(names, feeds), strict=True)))

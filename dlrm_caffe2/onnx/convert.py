@@ -13,7 +13,7 @@ import numpy as np
 from dlrm_caffe2.check import check_net
 from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.onnx.axes import Axes, value_types
-from dlrm_caffe2.onnx.sparse import return_rows, share_sorting, sparse_updates
+from dlrm_caffe2.onnx.sparse import promise_distinct, return_rows, share_sorting, sparse_updates
 from dlrm_caffe2.onnx.versions import single_assignment
 from dlrm_caffe2.operators import Node, record
 from dlrm_caffe2.operators.lowering import DOMAIN, OPSET, onnx_type
@@ -66,7 +66,7 @@ def export_net(net: NetDef, blobs: Mapping[str, np.ndarray], inputs: Mapping[str
         for blob, (rows, values) in updates.items():
             types[rows] = Axes(np.dtype(np.int64), ("",))
             types[values] = Axes(types[blob].dtype, ("", *types[blob].shape[1:]))
-    nodes, vectors = share_sorting(nodes)
+    nodes, vectors = share_sorting(promise_distinct(nodes))
     types |= {name: Axes(np.dtype(np.int64), ("",)) for name in vectors}
     functions: dict[str, onnx.FunctionProto] = {}
     calls = [_call(node, [len(types[name].shape) for name in node.inputs], functions) for node in nodes]

@@ -51,6 +51,13 @@ def share_sorting(nodes: Sequence[Node]) -> tuple[list[Node], list[str]]:
     return result, [name for names in shared.values() for name in names]
 
 
+def promise_distinct(nodes: Sequence[Node]) -> list[Node]:
+    """The same operators; of the sparse updates, those of the rows that a Unique found know that these differ."""
+    found = {node.outputs[0] for node in nodes if node.type == "Unique"}
+    return [replace(node, args={**node.args, "distinct_rows": 1})
+            if node.type in SPARSE_UPDATES and node.inputs[2] in found else node for node in nodes]
+
+
 def return_rows(node: Node, updates: Sequence[Rows]) -> Node:
     """A sparse update that returns rows alone; see operators/optimizer.py."""
     return replace(node, outputs=(updates[0].rows, *(update.values for update in updates)))

@@ -247,24 +247,34 @@ def _mul_gradient_aten(node: Node, dc, a, b):
 
 
 def _mul_gradient_onnx(node: Node, ranks: Sequence[int]) -> str:
-    """The dimensions along which an input was broadcast are among those of size 1: only a run tells which."""
-    body = ""
-    for own, other, rank in (("A", "B", ranks[1]), ("B", "A", ranks[2])):
-        ones = ranks[0] - rank
+    """Only a run tells along which dimensions an input was broadcast. Each dimension of the product is cut in two, that
+    of the input and how often it was repeated, 1 for most: the sum is over the latter, whatever they are. Axes that are
+    themselves computed would say the same, and OpenVINO refuses them."""
+    rank, body = ranks[0], ""
+    if not rank:
+        return function(node, ["dC", "A", "B"], ["dA", "dB"], "dA = Mul(dC, B) dB = Mul(dC, A)", variant=["scalars"])
+    for own, other, ones in (("A", "B", rank - ranks[1]), ("B", "A", rank - ranks[2])):
         body += f"""
             product_{own} = Mul(dC, {other})
             own_{own} = Shape({own})
             {f"ones_{own} = Constant<value_ints = {[1] * ones}>() " if ones else ""}
-            shape_{own} = {f"Concat<axis = 0>(ones_{own}, own_{own})" if ones else f"Identity(own_{own})"}
-            repeated_{own} = Equal(shape_{own}, one)
-            axes_1R_{own} = NonZero(repeated_{own})
-            axes_{own} = Squeeze(axes_1R_{own}, axis0)
-            sum_{own} = ReduceSum<keepdims = 1, noop_with_empty_axes = 1>(product_{own}, axes_{own})
+            kept_{own} = {f"Concat<axis = 0>(ones_{own}, own_{own})" if ones else f"Identity(own_{own})"}
+            divisor_{own} = Max(kept_{own}, one)
+            repeats_{own} = Div(all, divisor_{own})
+            kept_R1_{own} = Unsqueeze(kept_{own}, axis1)
+            repeats_R1_{own} = Unsqueeze(repeats_{own}, axis1)
+            pairs_{own} = Concat<axis = 1>(repeats_R1_{own}, kept_R1_{own})
+            cut_{own} = Reshape(pairs_{own}, vector)
+            pieces_{own} = Reshape<allowzero = 1>(product_{own}, cut_{own})
+            sum_{own} = ReduceSum<keepdims = 0>(pieces_{own}, repeated)
             d{own} = Reshape<allowzero = 1>(sum_{own}, own_{own})
         """
     return function(node, ["dC", "A", "B"], ["dA", "dB"], f"""
         one = Constant<value_int = 1>()
-        axis0 = Constant<value_ints = [0]>()
+        axis1 = Constant<value_ints = [1]>()
+        vector = Constant<value_ints = [-1]>()
+        repeated = Constant<value_ints = {list(range(0, 2 * rank, 2))}>()
+        all = Shape(dC)
         {body}
     """, variant=["rank", *ranks])
 

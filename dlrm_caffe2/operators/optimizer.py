@@ -3,6 +3,9 @@
 Updates add `lr * gradient`, so the learning rate is negative. Caffe2's sparse operators check no negative index
 (ScatterWeightedSum none at all) and write outside the table; ours refuse one before anything is written.
 A row listed several times is updated once for each time, in order, as in Caffe2.
+
+The argument `distinct_rows` is ours: it promises that the rows are all different. Caffe2 ignores it, and ONNX models
+need not sort them. A promise that is broken is not noticed there: one of a row's updates is lost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +24,7 @@ from dlrm_caffe2.operators.rules import (
     no_gradient,
     size,
 )
-from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, RISING, SORTED_RUNS, as_matrix, bag_sums, scattered
+from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS, as_matrix, bag_sums, scattered
 
 
 def _weighted_sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -117,36 +120,45 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
 
 def _scatter_onnx(node: Node, ranks: Sequence[int]) -> str:
     """A row's updates are summed first."""
+    distinct = node.args["distinct_rows"]
     return function(node, ["X", "w0", "I", "X1", "w1"], _UPDATED[len(node.outputs) == 2], f"""
         {CONSTANTS}
         {as_scalar("old_weight", "w0", ranks[1])}
         {as_scalar("new_weight", "w1", ranks[4])}
-        {KEYS.format(indices="I")}
-        {RISING}
-        rows, values = If(rising) <
-            then_branch = once () => (rows_once, values_once) {{
-                rows_once = Identity(keys)
-                old_once = Gather(X, keys)
-                kept_once = Mul(old_once, old_weight)
-                added_once = Mul(X1, new_weight)
-                values_once = Add(kept_once, added_once)
-            }},
-            else_branch = often () => (distinct, values_often) {{
-                {SORTED_RUNS}
-                {as_matrix("updates", "X1", ranks[3])}
-                {bag_sums("updates", "order")}
-                old = Gather(X, distinct)
-                times = Cast<to = 1>(sizes)
-                factor = Pow(old_weight, times)
-                {_column("factor", ranks[0])}
-                kept = Mul(old, factor_column)
-                {reshaped("sums_of_rows", "sums", "old")}
-                added = Mul(sums_of_rows, new_weight)
-                values_often = Add(kept, added)
-            }}
-        >
+        {_SCATTER_ONCE if distinct else _scatter_often(ranks)}
         {"" if len(node.outputs) == 2 else _scattered("Y", "X", "values")}
-    """, variant=["rank", *ranks, *(["rows"] if len(node.outputs) == 2 else [])])
+    """, variant=["rank", *ranks, *_variant(distinct, len(node.outputs) == 2)])
+
+
+_SCATTER_ONCE = """
+    rows = Cast<to = 7>(I)
+    old = Gather(X, rows)
+    kept = Mul(old, old_weight)
+    added = Mul(X1, new_weight)
+    values = Add(kept, added)
+"""
+
+
+def _scatter_often(ranks: Sequence[int]) -> str:
+    return f"""
+        {KEYS.format(indices="I")}
+        {SORTED_RUNS}
+        {as_matrix("updates", "X1", ranks[3])}
+        {bag_sums("updates", "order")}
+        rows = Identity(distinct)
+        old = Gather(X, rows)
+        times = Cast<to = 1>(sizes)
+        factor = Pow(old_weight, times)
+        {_column("factor", ranks[0])}
+        kept = Mul(old, factor_column)
+        {reshaped("sums_of_rows", "sums", "old")}
+        added = Mul(sums_of_rows, new_weight)
+        values = Add(kept, added)
+    """
+
+
+def _variant(distinct: int, rows_alone: bool) -> list[str]:
+    return [*(["distinct"] if distinct else []), *(["rows"] if rows_alone else [])]
 
 
 SPARSE_UPDATES = ("ScatterWeightedSum", "SparseAdagrad", "RowWiseSparseAdagrad")
@@ -284,8 +296,9 @@ def _constants(node: Node) -> tuple[list[str], str]:
     return used, " ".join(f"{name} = Constant<value_float: float = @{name}>()" for name in used)
 
 
-def _step(node: Node, p: str, h: str, g: str, row: Sequence[int] = ()) -> str:
-    """`new_p` and `new_h` from a parameter, its moment and its gradient, of one shape. With `row`, the axes of a row,
+def _step(node: Node, p: str, h: str, g: str, row: Sequence[int] = (),
+          new: tuple[str, str] = ("new_p", "new_h")) -> str:
+    """The two of `new` from a parameter, its moment and its gradient, of one shape. With `row`, the axes of a row,
     there is one moment for each row."""
     pull = f"pull = Mul(weight_decay, {p}) gradient = Add({g}, pull)" if node.args["weight_decay"] else \
         f"gradient = Identity({g})"
@@ -297,13 +310,13 @@ def _step(node: Node, p: str, h: str, g: str, row: Sequence[int] = ()) -> str:
         {pull}
         squares = Mul(gradient, gradient)
         {mean}
-        new_h = Add({h}, added)
-        root = Sqrt(new_h)
+        {new[1]} = Add({h}, added)
+        root = Sqrt({new[1]})
         scales = Add(root, epsilon)
         scale = {"Unsqueeze(scales, row)" if row else "Identity(scales)"}
         scaled = Mul(rate, gradient)
         step = Div(scaled, scale)
-        new_p = Add({p}, step)
+        {new[0]} = Add({p}, step)
     """
 
 
@@ -363,53 +376,58 @@ def _sparse_adagrad(rowwise: bool):
 
 
 def _sparse_adagrad_onnx(node: Node, ranks: Sequence[int]) -> str:
-    """The rows that are listed are taken out, updated in as many turns as the most repeated one is listed, and put
-    back."""
+    """The rows that are listed are taken out, updated, and put back."""
     row = range(1, ranks[0]) if node.type.startswith("RowWise") else ()
     used, constants = _constants(node)
-    rows_alone = len(node.outputs) == 3
+    distinct, rows_alone = node.args["distinct_rows"], len(node.outputs) == 3
     scattered = "" if rows_alone else _scattered("new_P", "P", "values") + _scattered("new_M", "M", "moments")
     return function(node, ["P", "M", "I", "g", "lr"],
                     ["rows", "values", "moments"] if rows_alone else ["new_P", "new_M"], f"""
         {CONSTANTS}
         {constants}
         {as_scalar("rate", "lr", ranks[4])}
-        {KEYS.format(indices="I")}
-        {RISING}
-        rows, values, moments = If(rising) <
-            then_branch = once () => (rows_once, new_p, new_h) {{
-                rows_once = Identity(keys)
-                p_K = Gather(P, keys)
-                h_K = Gather(M, keys)
-                {_step(node, "p_K", "h_K", "g", row)}
-            }},
-            else_branch = often () => (distinct, p_U, h_U) {{
-                {SORTED_RUNS}
-                old_p_U = Gather(P, distinct)
-                old_h_U = Gather(M, distinct)
-                all_sizes = Concat<axis = 0>(axis0, sizes)
-                turns = ReduceMax<keepdims = 0>(all_sizes)
-                any = Greater(turns, zero)
-                p_U, h_U = Loop<body = turn (int64 number, bool going, p_in, h_in) => (bool go_on, p_out, h_out) {{
-                    go_on = Identity(going)
-                    has_more = Greater(sizes, number)
-                    active_1A = NonZero(has_more)
-                    active = Squeeze(active_1A, axis0)
-                    active_A1 = Unsqueeze(active, axis1)
-                    start = Gather(starts, active)
-                    place = Add(start, number)
-                    source = Gather(order, place)
-                    g_A = Gather(g, source)
-                    p_A = Gather(p_in, active)
-                    h_A = Gather(h_in, active)
-                    {_step(node, "p_A", "h_A", "g_A", row)}
-                    p_out = ScatterND(p_in, active_A1, new_p)
-                    h_out = ScatterND(h_in, active_A1, new_h)
-                }}>(turns, any, old_p_U, old_h_U)
-            }}
-        >
+        {_adagrad_once(node, row) if distinct else _adagrad_often(node, row)}
         {scattered}
-    """, attributes=used, variant=["rank", ranks[0], ranks[4], *used[1:], *(["rows"] if rows_alone else [])])
+    """, attributes=used, variant=["rank", ranks[0], ranks[4], *used[1:], *_variant(distinct, rows_alone)])
+
+
+def _adagrad_once(node: Node, row: Sequence[int]) -> str:
+    return f"""
+        rows = Cast<to = 7>(I)
+        old_p = Gather(P, rows)
+        old_h = Gather(M, rows)
+        {_step(node, "old_p", "old_h", "g", row, ("values", "moments"))}
+    """
+
+
+def _adagrad_often(node: Node, row: Sequence[int]) -> str:
+    """In as many turns as the most repeated row is listed."""
+    return f"""
+        {KEYS.format(indices="I")}
+        {SORTED_RUNS}
+        rows = Identity(distinct)
+        old_p_U = Gather(P, rows)
+        old_h_U = Gather(M, rows)
+        all_sizes = Concat<axis = 0>(axis0, sizes)
+        turns = ReduceMax<keepdims = 0>(all_sizes)
+        any = Greater(turns, zero)
+        values, moments = Loop<body = turn (int64 number, bool going, p_in, h_in) => (bool go_on, p_out, h_out) {{
+            go_on = Identity(going)
+            has_more = Greater(sizes, number)
+            active_1A = NonZero(has_more)
+            active = Squeeze(active_1A, axis0)
+            active_A1 = Unsqueeze(active, axis1)
+            start = Gather(starts, active)
+            place = Add(start, number)
+            source = Gather(order, place)
+            g_A = Gather(g, source)
+            p_A = Gather(p_in, active)
+            h_A = Gather(h_in, active)
+            {_step(node, "p_A", "h_A", "g_A", row)}
+            p_out = ScatterND(p_in, active_A1, new_p)
+            h_out = ScatterND(h_in, active_A1, new_h)
+        }}>(turns, any, old_p_U, old_h_U)
+    """
 
 
 def _iter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -441,6 +459,7 @@ _ITER = """
     Y = Add(N, one)
 """
 
+_DISTINCT = {"distinct_rows": Arg("i", 0)}
 _ADAGRAD = {"epsilon": Arg("f", 1e-5), "weight_decay": Arg("f", 0.0)}
 _DECAY = {"decay": Arg("f", 1.0)}
 _BOTH = {0: 0, 1: 1}
@@ -450,17 +469,17 @@ _MISSPELT = ("decay_", "weight_decay_")
 OPERATORS = [
     Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten,
              onnx=_weighted_sum_onnx),
-    Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, onnx=_scatter_onnx,
-             in_place={0: 0}),
+    Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, _DISTINCT,
+             onnx=_scatter_onnx, in_place={0: 0}),
     Operator("Unique", (1, 1), (1, 2), _unique_infer, _unique_aten, onnx=_unique_onnx),
     Operator("UnsortedSegmentSum", (2, 2), (1, 1), _segment_infer, _segment_aten, {"num_segments": Arg("i", -1)},
              onnx=_segment_onnx),
     Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, _ADAGRAD | _DECAY,
              onnx=_adagrad_onnx, ignored=_MISSPELT),
     Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
-             _ADAGRAD | _DECAY, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
+             _ADAGRAD | _DECAY | _DISTINCT, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
     Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),
-             _ADAGRAD, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
+             _ADAGRAD | _DISTINCT, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=_MISSPELT),
     Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient,
              onnx=simple("N", _ITER), in_place={0: 0}),
     Operator("LearningRate", (1, 1), (1, 1), _rate_infer, _rate_aten,

@@ -63,18 +63,6 @@ KEYS = """
     count = Shape(keys)
 """
 
-RISING = """
-    but_last = Constant<value_ints = [-1]>()
-    beyond_last = Constant<value_ints = [2147483647]>()
-    keys_but_last = Slice(keys, axis0, but_last)
-    keys_but_first = Slice(keys, axis1, beyond_last)
-    steps = Sub(keys_but_first, keys_but_last)
-    steps_and_1 = Concat<axis = 0>(axis1, steps)
-    least_step = ReduceMin<keepdims = 0>(steps_and_1)
-    rising = Greater(least_step, zero)
-"""
-"""Whether the KEYS are all distinct and ascend, as Unique gives them: then nothing has to be sorted."""
-
 SORTED_RUNS = """
     ordered, order = TopK<axis = 0, largest = 0, sorted = 1>(keys, count)
     least = Slice(ordered, axis0, axis1)
