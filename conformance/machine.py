@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from spec.threads import core_count
+
 VARIABLES = ("MKL_DEBUG_CPU_TYPE", "MKL_CBWR", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME",
              "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "LD_PRELOAD")
 """Those of the environment that change what engines do."""
@@ -15,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
     """Hardware, system and environment. Two runs can be compared where "cpu", "cores" and "system" are the same."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": core_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "kernel": platform.release(),

@@ -4,6 +4,7 @@ Frameworks are imported when a model is made.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
@@ -11,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from dlrm_caffe2.engine import NetEngine
-from dlrm_caffe2.model import constants, gradient_net, predict_net, presorted_train_net, trace_blobs, train_net
+from dlrm_caffe2.model import constants, gradient_net, predict_net, trace_blobs, train_net
 from dlrm_caffe2.names import operator_names
 from dlrm_caffe2.optimizer import needs_distinct_rows
 from dlrm_caffe2.presorted import sorted_lookups
@@ -49,7 +50,9 @@ class NetModel:
         self._engine = engine
         self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
         self._trace_blobs = trace_blobs(spec)
-        self._train_net = presorted_train_net if engine.presorts or needs_distinct_rows(spec) else train_net
+        self._presorted = [number for number, table in enumerate(spec.tables)
+                           if needs_distinct_rows(spec) or engine.presorts(table)]
+        self._sorters = ThreadPoolExecutor(engine.threads)
         try:
             engine.feed(parameters | constants(spec) | initial_state(spec))
         except BaseException:
@@ -87,7 +90,11 @@ class NetModel:
         return operator_names(self.spec, self._train_net(self.spec))
 
     def close(self) -> None:
+        self._sorters.shutdown()
         self._engine.close()
+
+    def _train_net(self, spec: ModelSpec) -> NetDef:
+        return self._engine.faster(train_net(spec, self._presorted))
 
     def _run(self, make: Callable[[ModelSpec], NetDef], batch: Batch, fetch: Sequence[str]) -> Arrays:
         name, feeds = self._prepare(make, batch)
@@ -97,8 +104,8 @@ class NetModel:
         """The name of the net, kept from now on, and what to feed it."""
         batch.validate(self.spec)
         arrays = batch.arrays()
-        if make is presorted_train_net:
-            arrays |= sorted_lookups(self.spec, batch)
+        if make == self._train_net:
+            arrays |= sorted_lookups(self.spec, batch, self._presorted, self._sorters)
         if make not in self._nets:
             net = make(self.spec)
             kept = _Kept(net.name, tuple(name for name in arrays if name in net.external_input))

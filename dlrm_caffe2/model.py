@@ -4,7 +4,7 @@ A step's batch is fed. Parameters, optimizer state and constants are blobs that 
 `init_net` runs, which makes them; they are external inputs of the other nets.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -62,18 +62,15 @@ def gradient_net(spec: ModelSpec) -> NetDef:
     return _net(spec, "gradient", net.op, outputs)
 
 
-def train_net(spec: ModelSpec) -> NetDef:
-    """One step: forward, loss, gradients and update."""
-    net, gradients = _differentiated(spec)
-    operators = [*net.op, *update_operators(spec, gradients)]
-    return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
+def train_net(spec: ModelSpec, presorted: Collection[int] = ()) -> NetDef:
+    """One step: forward, loss, gradients and update.
 
-
-def presorted_train_net(spec: ModelSpec) -> NetDef:
-    """The same step, with the rows distinct: it reads `presorted.sorted_lookups` instead of finding them."""
+    Of the tables in `presorted` it reads `presorted.sorted_lookups`; where the optimizer needs distinct rows, these are
+    all tables or none.
+    """
     net, gradients = _differentiated(spec)
-    operators, gradients = sum_by_row(spec, net.op, gradients)
-    operators += update_operators(spec, gradients, distinct=True)
+    operators, gradients = sum_by_row(spec, net.op, gradients, presorted)
+    operators += update_operators(spec, gradients, distinct=bool(presorted))
     return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
 
 

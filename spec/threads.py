@@ -9,7 +9,14 @@ def thread_count() -> int:
     """$OMP_NUM_THREADS, which PyTorch and MKL read too, when they are loaded; else one for each core that this
     process may use. An engine with threads of its own asks here."""
     wanted = os.environ.get(VARIABLE, "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdecimal() and int(wanted) else core_count()
+
+
+def core_count() -> int:
+    """Cores that this process may use; where the system does not say (it is not Linux), all that there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def wait_without_spinning() -> None:

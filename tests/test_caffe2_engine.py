@@ -73,6 +73,15 @@ def test_blobs_come_back_as_they_went(caffe2_engine, dtype):
         np.testing.assert_array_equal(back[name], array, strict=name != "big-endian")
 
 
+def test_arrays_that_do_not_fit_into_shared_memory_come_back_too(caffe2_engine):
+    large = np.arange(caffe2.MEMORY // 4 + 1, dtype=np.float32)
+    half = large[:len(large) // 2]
+    arrays = {"half": half, "other half": -half, "no room": half[:100], "large": large, "small": half[:3]}
+    caffe2_engine.feed(arrays)
+    for name, array in caffe2_engine.fetch(tuple(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
 @pytest.mark.parametrize("dtype", ["uint32", "uint64", "complex64", "O", "U1", "M8[s]"])
 def test_a_dtype_that_caffe2_lacks_is_refused_before_anything_is_fed(caffe2_engine, dtype):
     with pytest.raises(EngineError, match="blob 'bad': expected a dtype of float16"):
@@ -91,6 +100,21 @@ def test_kept_nets_and_nets_run_once(caffe2_engine):
         np.testing.assert_array_equal(result["y"], np.maximum(x, 0))
         np.testing.assert_array_equal(result["x"], x)
     assert caffe2_engine.run("relu", {}) == {}
+
+
+def test_the_faster_gradient_is_that_of_relu_gradient(caffe2_engine):
+    """Bit by bit, at and beside the kink and for gradients without bounds."""
+    extremes = np.array([0, -0.0, 1e-45, 1, np.inf, -np.inf, np.nan, -1e30], np.float32)
+    y, dy = (each.ravel() for each in np.meshgrid(np.array([0, -0.0, 1e-45, 1e-38, 1, np.inf], np.float32), extremes))
+    net = make_net("slow", make_operator("ReluGradient", ["y", "dy"], ["dx"]))
+    fast = caffe2_engine.faster(net)
+    assert [operator.type for operator in (*net.op, *fast.op)] == ["ReluGradient", "ATen"]
+    found = []
+    for each in (net, fast):
+        caffe2_engine.feed({"y": y, "dy": dy})
+        caffe2_engine.run_once(each)
+        found.append(caffe2_engine.fetch(["dx"])["dx"].view(np.uint32))
+    np.testing.assert_array_equal(*found)
 
 
 def test_fetched_arrays_are_copies_that_can_be_written(caffe2_engine):

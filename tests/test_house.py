@@ -20,7 +20,7 @@ PUBLIC = {
                      "parameter_gradients", "trace_names"},
     "spec.batch": {"Batch"},
     "spec.backend": {"Availability", "Model", "NamesOperators", "Backend", "backend_names", "load_backend"},
-    "spec.threads": {"thread_count", "wait_without_spinning"},
+    "spec.threads": {"core_count", "thread_count", "wait_without_spinning"},
     "spec.errors": {"InputError", "EngineError"},
     "spec.exported": {"Source", "store", "stored_if_large", "title", "metadata", "axes", "docs"},
     "spec.low_precision": {"row_scales", "quantize", "dequantize"},

@@ -1,5 +1,7 @@
 """Lookups sorted while a batch is loaded, and the train net that is fed with them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from conformance.case import make_case
 from conformance.run import run_case
 from dlrm_caffe2 import backend as backends
 from dlrm_caffe2.check import check_net
-from dlrm_caffe2.model import presorted_train_net, train_net
+from dlrm_caffe2.model import train_net
 from dlrm_caffe2.presorted import sorted_lookups
 from spec.batch import Batch
 from spec.data.random import random_batch
@@ -18,6 +20,11 @@ from spec.parameters import initial_parameters
 from spec.toml import load
 
 ADAGRADS = ["adagrad", "rowwise_adagrad"]
+
+
+def sort(spec, batch, tables=None):
+    with ThreadPoolExecutor(2) as threads:
+        return sorted_lookups(spec, batch, range(len(spec.tables)) if tables is None else tables, threads)
 
 
 def spec_of(*tables):
@@ -32,7 +39,7 @@ def test_every_row_gets_its_own_lookups(bags):
     samples = np.repeat(np.arange(len(bags)), lengths)
     batch = Batch(np.zeros((len(bags), spec.dense_features), np.float32), (indices,) * 2, (lengths,) * 2,
                   np.zeros((len(bags), 1), np.float32))
-    blobs = sorted_lookups(spec, batch)
+    blobs = sort(spec, batch)
     ends = np.cumsum(blobs["tables.1.indices.counts"])
     np.testing.assert_array_equal(blobs["tables.1.indices.unique"], np.unique(indices))
     assert len(blobs["tables.1.indices.order"]) == len(indices) == (ends[-1] if len(ends) else 0)
@@ -44,30 +51,31 @@ def test_every_row_gets_its_own_lookups(bags):
 @pytest.mark.parametrize("kind", ["sgd", *ADAGRADS])
 def test_the_net_reads_the_sorted_lookups_and_sorts_nothing(kind):
     spec = load("tiny").with_optimizer(kind, 0.1)
-    net = presorted_train_net(spec)
+    net = train_net(spec, range(len(spec.tables)))
     check_net(net, net.external_input)
-    assert set(sorted_lookups(spec, random_batch(spec, 4, seed=0, number=0))) == {
+    assert set(sort(spec, random_batch(spec, 4, seed=0, number=0))) == {
         blob for blob in net.external_input if ".indices." in blob}
     types = {operator.type for operator in net.op}
     assert not types & {"Unique", "UnsortedSegmentSum", "SparseLengthsIndicesInGradientSumGradient"}
     assert net.external_output == train_net(spec).external_output
 
 
-@pytest.mark.parametrize(("backend", "times"), [("ATEN", 0), ("ONNX", 1)])
-def test_sgd_needs_no_sorting_but_is_faster_with_it_in_onnx_runtime(backend, times, monkeypatch):
+@pytest.mark.parametrize(("backend", "sorted_tables"), [
+    ("ATEN", []), ("ONNX", [0, 1]), pytest.param("CAFFE2", [1], marks=pytest.mark.engine)])
+def test_sgd_needs_no_sorting_but_some_engines_are_faster_with_it(backend, sorted_tables, monkeypatch):
     calls = []
     monkeypatch.setattr(backends, "sorted_lookups", lambda *given: calls.append(given) or sorted_lookups(*given))
-    spec = load("tiny")
+    spec = spec_of(Table(rows=9, lookups=1), Table(rows=9, lookups=(1, 3)))
     model = getattr(backends, backend).create(spec, initial_parameters(spec))
     model.train_step(random_batch(spec, 4, seed=0, number=0))
     model.close()
-    assert len(calls) == times
+    assert [tables for _, _, tables, _ in calls] == [sorted_tables]
 
 
 @pytest.mark.parametrize("backend", [pytest.param("CAFFE2", marks=pytest.mark.engine), "ATEN", "ONNX"])
 def test_the_net_that_sorts_by_itself_conforms_too(backend, monkeypatch):
-    """The backends train with the presorted net; train_net.pb and train.onnx hold this one."""
-    monkeypatch.setattr(backends, "presorted_train_net", train_net)
+    """What train_net.pb and train.onnx hold."""
+    monkeypatch.setattr(backends, "train_net", lambda spec, presorted: train_net(spec))
     spec = spec_of(*(Table(rows=3, pooling=pooling, lookups=(0, 9)) for pooling in (
         "sum", "mean", "weighted_fixed", "weighted_learned")))
     (result,) = run_case(make_case(spec, steps=3, optimizers=["sgd", *ADAGRADS]), [getattr(backends, backend)]).backends

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spec.threads import thread_count
+from spec.threads import core_count, thread_count
 
 SCRIPT = """
 import json, sys
@@ -28,7 +28,7 @@ def models(count, *backends):
     return json.loads(run.stdout)
 
 
-CORES = len(os.sched_getaffinity(0))
+CORES = core_count()
 
 
 @pytest.mark.parametrize("count", {1, min(2, CORES)})  # PyTorch takes no more than there are cores
@@ -47,3 +47,11 @@ def test_genuine_caffe2():
 def test_what_is_no_number_of_threads_means_every_core(monkeypatch, text):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert thread_count() == CORES
+
+
+def test_cores_of_a_system_that_tells_no_process_its_own(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert core_count() == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert core_count() == 1

@@ -17,7 +17,7 @@ from conformance.fuzz import Tally, campaign, command, coverage, save
 from conformance.generate import generate
 from conformance.plain import plain
 from spec.files import check_writable, write_text
-from spec.threads import VARIABLE
+from spec.threads import VARIABLE, core_count
 from tools.conform import find_backends, progress_bar
 from tools.specs import describe
 
@@ -37,7 +37,7 @@ def run(count: int, seed: int, names: Sequence[str], minutes: float | None, jobs
     if json_path:
         check_writable(json_path)
     check_writable(out / "failing.toml")
-    cores = len(os.sched_getaffinity(0))
+    cores = core_count()
     jobs = jobs or cores
     os.environ.setdefault(VARIABLE, str(max(1, cores // jobs)))
     examples, start, tallies, interrupted = generate(count, seed), time.monotonic(), {}, False

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
+from spec.model import Table
 from spec.parameters import Arrays
 
 
@@ -16,9 +17,6 @@ class NetEngine(Protocol):
     """What really runs, with versions, device and threads; shown in every report."""
 
     threads: int
-
-    presorts: bool
-    """Whether SGD, too, is faster with the lookups of a batch sorted beforehand (`presorted.sorted_lookups`)."""
 
     def feed(self, blobs: Mapping[str, np.ndarray]) -> None:
         """Create or overwrite blobs (copied)."""
@@ -37,6 +35,12 @@ class NetEngine(Protocol):
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Seconds in each operator type during one run of a kept net (which changes what the net changes)."""
+
+    def presorts(self, table: Table) -> bool:
+        """Whether SGD, too, is faster with the lookups of such a table sorted beforehand (`presorted.py`)."""
+
+    def faster(self, net: NetDef) -> NetDef:
+        """A net with the same result, or the same net: what this engine trains with in its place."""
 
     def close(self) -> None:
         """Free everything. Idempotent."""

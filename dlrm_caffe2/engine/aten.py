@@ -18,6 +18,7 @@ from dlrm_caffe2.operators.record import TensorType
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 from spec.memory import keep_freed_memory
+from spec.model import Table
 from spec.parameters import Arrays
 
 
@@ -55,8 +56,6 @@ class AtenEngine:
     `device` is any device of PyTorch's. It has been run on "cpu" alone: on a GPU the kernels are expected to work,
     and nothing tests that they do.
     """
-
-    presorts = False
 
     def __init__(self, device: str = "cpu") -> None:
         import torch
@@ -107,6 +106,12 @@ class AtenEngine:
         self.feed(feeds)
         self._run(steps, seconds)
         return seconds
+
+    def presorts(self, table: Table) -> bool:
+        return False
+
+    def faster(self, net: NetDef) -> NetDef:
+        return net
 
     def close(self) -> None:
         self._blobs.clear()

@@ -20,13 +20,21 @@ from google.protobuf.message import EncodeError
 
 from dlrm_caffe2.engine import protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
+from dlrm_caffe2.engine.faster import faster
 from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
+from spec.model import Table
 from spec.parameters import Arrays
 from spec.threads import thread_count
 
 WORKER = Path(__file__).with_name("worker.py")
+
+MEMORY = 2**26
+"""Bytes that are shared with the worker: more than a batch of the paper's benchmark. Taken when they are used."""
+
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Where the system gives them on request, rows of large tables are found sooner. Older C libraries pass over it."""
 
 _CAUSES = {
     signal.SIGKILL: "killed from outside, perhaps for its memory: try a smaller batch, or --max-rows",
@@ -48,8 +56,6 @@ class Caffe2Engine:
     Raises EngineError where it is not installed or does not start.
     """
 
-    presorts = False
-
     def __init__(self, threads: int | None = None, venv: Path | None = None) -> None:
         if venv is None:
             venv = check_installed()
@@ -70,13 +76,16 @@ class Caffe2Engine:
 
     def _start(self, python: Path) -> None:
         self._socket, theirs = socket.socketpair()
+        file = os.memfd_create("dlrm-caffe2")
+        os.ftruncate(file, MEMORY)
+        self._memory = protocol.shared_memory(file)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the worker)
-        environment = os.environ | {setting.variable: setting.value for setting in current_settings()}
+        environment = _HUGE_PAGES | os.environ | {setting.variable: setting.value for setting in current_settings()}
         environment["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA build, used on the CPU
-        command = [python, "-I", WORKER, str(theirs.fileno()), str(self.threads), str(os.getpid())]
+        command = [python, "-I", WORKER, str(theirs.fileno()), str(file), str(self.threads), str(os.getpid())]
         try:
-            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stderr=self._log,
-                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno(), file],
+                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log)
         except OSError as error:
             self._socket.close()
             self._log.close()
@@ -84,6 +93,7 @@ class Caffe2Engine:
                               "dlrm engine install") from None
         finally:
             theirs.close()
+            os.close(file)
         self._finalizer = weakref.finalize(self, _stop, self._process, self._socket, self._log)
 
     @property
@@ -115,6 +125,13 @@ class Caffe2Engine:
         """Runs the operators one after another, whatever the type of the net."""
         return self._request("profile", _checked(feeds), about=f"net '{name}'", net=name)[0]["seconds"]
 
+    def presorts(self, table: Table) -> bool:
+        """Bags of several rows: with one row each, ScatterWeightedSum has too little to do."""
+        return table.fixed_lookups != 1
+
+    def faster(self, net: NetDef) -> NetDef:
+        return faster(net)
+
     def reset(self) -> None:
         """Drop every blob and net; the worker stays."""
         self._request("reset")
@@ -130,7 +147,7 @@ class Caffe2Engine:
             if self._ended:
                 raise EngineError(f"genuine Caffe2: no worker: {self._ended}; make a new one")
             try:
-                protocol.send(self._socket, {"do": do, **fields}, arrays or {})
+                protocol.send(self._socket, {"do": do, **fields}, arrays or {}, self._memory)
             except OSError:
                 raise self._died(about) from None
             except BaseException:
@@ -143,7 +160,8 @@ class Caffe2Engine:
 
     def _receive(self, about: str = "") -> tuple[dict, Arrays]:
         try:
-            return protocol.receive(self._socket)
+            header, arrays = protocol.receive(self._socket, self._memory)
+            return header, {name: array.copy() for name, array in arrays.items()}
         except (EOFError, OSError):
             raise self._died(about) from None
         except BaseException:

@@ -18,6 +18,7 @@ from dlrm_caffe2.onnx.sparse import Rows, overwritable, sparse_updates
 from dlrm_caffe2.operators.lowering import OPSET
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
+from spec.model import Table
 from spec.parameters import Arrays
 from spec.threads import thread_count
 
@@ -76,8 +77,6 @@ class OnnxEngine:
     not kept as a blob. A run that fails may leave tables that are updated in part if its inputs let an operator fail
     that the update does not depend on.
     """
-
-    presorts = True
 
     def __init__(self) -> None:
         import onnxruntime
@@ -154,6 +153,12 @@ class OnnxEngine:
                     key = f"{origin[1] if origin else 'onnxruntime'}/{type}"
                     seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
+
+    def presorts(self, table: Table) -> bool:
+        return True
+
+    def faster(self, net: NetDef) -> NetDef:
+        return net
 
     def close(self) -> None:
         self._sessions.clear()

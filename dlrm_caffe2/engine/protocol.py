@@ -1,12 +1,15 @@
-"""Messages between Caffe2Engine and its worker, version 1. Loaded by both: Python 3.7, standard library and NumPy.
+"""Messages between Caffe2Engine and its worker, version 2. Loaded by both: Python 3.7, standard library and NumPy.
 
-A message is a header and the bytes of its arrays, on a stream socket:
+A message is a header and arrays, on a stream socket, and in memory that both sides share where there is any:
 
     4 bytes, big-endian   length of the header
-    header                a JSON object, UTF-8; `arrays` lists [name, dtype, shape] of each array, in order
-    arrays                the bytes of each, little-endian and C-contiguous, one after another without padding
+    header                a JSON object, UTF-8; `arrays` lists [name, dtype, shape, place] of each array, in order
+    arrays                the bytes of those whose place is null, one after another without padding
 
-The worker speaks first: {"protocol": 1, "python": "3.9.18", "pytorch": "1.10.2+cu102", "operators": 986}. Then each
+An array is little-endian and C-contiguous. `place` is where it begins in the shared memory, which holds one message: it
+is good until the receiver sends its own. What does not fit goes through the socket, at a fifth of the speed.
+
+The worker speaks first: {"protocol": 2, "python": "3.9.18", "pytorch": "1.10.2+cu102", "operators": 986}. Then each
 request gets one reply. A request names what to `do`; its other fields, and its arrays:
 
     feed                      arrays: blobs to create or overwrite
@@ -21,66 +24,61 @@ A request that failed is answered {"error": text}, and the worker goes on. Eithe
 """
 
 import json
+import mmap
 import struct
-from functools import reduce
-from operator import mul
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool")
 """What Caffe2's FeedBlob takes."""
 
 _LENGTH = struct.Struct(">I")
 
-_CALL = 1 << 16
-"""Small arrays are sent and received several at a time, up to this many bytes: system calls cost more than they do."""
+_ALIGNED = 64
+"""Bytes, of the arrays in shared memory."""
 
 
-def send(sock, header, arrays):
+def shared_memory(descriptor):
+    """All of an open file's memory, as bytes."""
+    return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)
+
+
+def send(sock, header, arrays, memory=None):
     """Send a dict and a dict of arrays. Raises OSError where the other side is gone."""
-    arrays = {name: _portable(array) for name, array in arrays.items()}
-    listed = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
+    listed, rest, end = [], [], 0
+    for name, array in arrays.items():
+        array = _portable(array)
+        place = None
+        if memory is not None and end + array.nbytes <= len(memory):
+            place = end
+            memory[place:place + array.nbytes] = _bytes(array)
+            end += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        else:
+            rest.append(array)
+        listed.append((name, array.dtype.str, array.shape, place))
     content = json.dumps(dict(header, arrays=listed)).encode()
-    parts = [_LENGTH.pack(len(content)) + content, *(_bytes(array) for array in arrays.values())]
-    for group in _groups([len(part) for part in parts]):
-        sock.sendall(parts[group.start] if len(group) == 1 else b"".join(parts[group.start:group.stop]))
+    sock.sendall(_LENGTH.pack(len(content)) + content)
+    for array in rest:
+        sock.sendall(_bytes(array))
 
 
-def receive(sock):
+def receive(sock, memory=None):
     """The next header, and its arrays by name. Raises EOFError or OSError where the other side is gone."""
     prefix = np.empty(_LENGTH.size, np.uint8)
     _fill(sock, prefix)
     content = np.empty(_LENGTH.unpack(prefix.tobytes())[0], np.uint8)
     _fill(sock, content)
     header = json.loads(content.tobytes().decode())
-    listed = [(name, np.dtype(dtype), shape) for name, dtype, shape in header["arrays"]]
-    sizes = [reduce(mul, shape, dtype.itemsize) for _, dtype, shape in listed]
     arrays = {}
-    for group in _groups(sizes):
-        together = np.empty(sum(sizes[group.start:group.stop]), np.uint8)
-        _fill(sock, together)
-        start = 0
-        for number in group:
-            name, dtype, shape = listed[number]
-            array = together[start:start + sizes[number]].view(dtype).reshape(shape)
-            arrays[name] = array if len(group) == 1 else array.copy()
-            start += sizes[number]
+    for name, dtype, shape, place in header["arrays"]:
+        if place is None:
+            arrays[name] = np.empty(shape, dtype)
+            _fill(sock, arrays[name])
+        else:
+            arrays[name] = np.ndarray(shape, dtype, memory, place)
     return header, arrays
-
-
-def _groups(sizes):
-    """Ranges of consecutive parts that travel together: as many as fit into one call, a larger part alone."""
-    start = total = 0
-    for number, size in enumerate(sizes):
-        if number > start and total + size > _CALL:
-            yield range(start, number)
-            start = number
-            total = 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))
 
 
 def _portable(array):
@@ -91,11 +89,11 @@ def _portable(array):
 
 
 def _bytes(array):
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8)
 
 
 def _fill(sock, array):
-    rest = _bytes(array)
+    rest = memoryview(_bytes(array))
     while rest:
         count = sock.recv_into(rest)
         if not count:

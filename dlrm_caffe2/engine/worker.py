@@ -1,7 +1,7 @@
-"""Genuine Caffe2 in a process of its own: `python -I worker.py SOCKET THREADS PARENT`.
+"""Genuine Caffe2 in a process of its own: `python -I worker.py SOCKET MEMORY THREADS PARENT`.
 
 Runs under the legacy interpreter (Python 3.7 to 3.9, PyTorch 1.10.2) and imports nothing of ours but protocol.py,
-from the file beside it. Started by Caffe2Engine, which hands over one end of a socket pair.
+from the file beside it. Started by Caffe2Engine, which hands over one end of a socket pair, and a file in memory.
 """
 
 import importlib.util
@@ -16,23 +16,24 @@ import threading
 import time
 
 
-def main(fd, threads, parent):
+def main(fd, file, threads, parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
     sock = socket.socket(fileno=fd)
     threading.Thread(target=_end_with_parent, args=(fd, parent), daemon=True).start()
     protocol = _load_protocol()
+    memory = protocol.shared_memory(file)
     worker = _Worker(threads)
     protocol.send(sock, dict(worker.hello(), protocol=protocol.VERSION), {})
     while True:
         try:
-            request, arrays = protocol.receive(sock)
+            request, arrays = protocol.receive(sock, memory)
         except (EOFError, OSError):
             return
         try:
             reply, arrays = worker.handle(request, arrays)
         except Exception as error:
             reply, arrays = {"error": _one_line(error)}, {}
-        protocol.send(sock, reply, arrays)
+        protocol.send(sock, reply, arrays, memory)
 
 
 def _end_with_parent(fd, parent):
@@ -147,4 +148,4 @@ def _one_line(error):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

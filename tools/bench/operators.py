@@ -19,7 +19,7 @@ TITLES = {
 
 CAFFE2 = {
     "fc": "FC FCGradient",
-    "activation": "Relu ReluGradient Sigmoid SigmoidGradient",
+    "activation": "Relu ReluGradient ATen Sigmoid SigmoidGradient",  # ATen: see dlrm_caffe2/engine/faster.py
     "embedding": """SparseLengthsSum SparseLengthsMean SparseLengthsWeightedSum Gather
         SparseLengthsIndicesInGradientSumGradient SparseLengthsIndicesInGradientMeanGradient
         SparseLengthsIndicesInGradientWeightedSumGradient

@@ -1,7 +1,6 @@
 """The backend `jax`: DLRM as pure functions of its parameters, differentiated by jax.grad, compiled by XLA."""
 
 import functools
-import os
 import time
 
 import jax
@@ -16,6 +15,7 @@ from spec.loss import FLOOR
 from spec.model import Loss, ModelSpec, Optimizer
 from spec.parameters import Arrays, check_parameters, initial_state, is_sparse, moment_name, trained_parameters
 from spec.tensors import activations, slice_names, trace_names
+from spec.threads import core_count
 
 Named = dict[str, Array]
 matmul = functools.partial(jnp.matmul, precision="highest")  # float32, where an accelerator would use less
@@ -113,7 +113,7 @@ def compiled(spec_json: str) -> tuple:
 class JaxModel:
     """One model of `spec.backend.Model`."""
 
-    threads = len(os.sched_getaffinity(0))  # XLA's own rule
+    threads = core_count()  # XLA's own rule
 
     def __init__(self, spec: ModelSpec, parameters: Arrays) -> None:
         check_parameters(spec, parameters)
