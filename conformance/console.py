@@ -15,6 +15,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(_table(case))
         for backend in case["backends"]:
             _print_reason(backend, console)
+        for backend in case["backends"]:
+            _print_trajectory(backend, console)
         for pair in case["pairs"]:
             if not pair["elements"]:
                 console.print(f"{pair['first']} against {pair['second']}: nothing to compare", soft_wrap=True)
@@ -35,9 +37,10 @@ def _table(case: dict[str, Any]) -> Table:
         batch += f" (published: {case['published_batch_size']})"
     title = f"{case['spec']}: {case['tables']} tables{capped}; {case['data']}, {batch}, {case['steps']} steps"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("backend", "verdict", "tensors", "elements", "worst error / bound", "at", "worst against others"):
-        table.add_column(name, justify="right" if name in ("tensors", "elements", "worst error / bound",
-                                                           "worst against others") else "left")
+    for name, justify in (("backend", "left"), ("verdict", "left"), ("tensors", "right"), ("elements", "right"),
+                          ("worst error / bound", "right"), ("at", "left"), ("worst against others", "right"),
+                          ("same bits twice", "left")):
+        table.add_column(name, justify=justify)
     for backend in case["backends"]:
         ran = backend["tensors"] > 0
         against = [pair["worst"] for pair in case["pairs"] if backend["backend"] in (pair["first"], pair["second"])]
@@ -45,8 +48,12 @@ def _table(case: dict[str, Any]) -> Table:
             backend["backend"], Text(_status(backend), style=_STYLES[backend["status"]]),
             f"{backend['tensors']:,}" if ran else "", f"{backend['elements']:,}" if ran else "",
             _number(backend["worst"]["worst"]) if ran else "", backend["worst"]["tensor"] if ran else "",
-            _number(max(against, key=float)) if against else "")
+            _number(max(against, key=float)) if against else "", _repeats(backend["repeat"]))
     return table
+
+
+def _repeats(repeat: dict[str, Any] | None) -> str:
+    return "" if repeat is None else "no" if repeat["difference"] else "yes"
 
 
 def _status(backend: dict[str, Any]) -> str:
@@ -60,12 +67,27 @@ def _print_reason(backend: dict[str, Any], console: Console) -> None:
     if backend["status"] == "missing":
         console.print(f"{backend['backend']} is missing: {backend['reason']}; to add it: {backend['remedy']}",
                       soft_wrap=True)
-    elif backend["status"] == "fails":
+    elif backend["worst"] is None or not (backend["worst"]["conforms"] or backend["worst"]["xfail"]):
         console.print(f"{backend['backend']} does not conform at {backend['summary']}", soft_wrap=True)
         if backend["fault"]:
             console.print(f"  {backend['fault']['summary']}", soft_wrap=True)
         if backend.get("command"):
             console.print(f"  that step alone: {backend['command']}", soft_wrap=True)
+    if backend["repeat"] and backend["repeat"]["broken"]:
+        found = backend["repeat"]["difference"] or "nothing was compared"
+        console.print(f"{backend['backend']} promises the same bits for the same calls, and differs: {found}",
+                      soft_wrap=True)
+
+
+def _print_trajectory(backend: dict[str, Any], console: Console) -> None:
+    """The tensor that strays furthest from the reference's path, over how far it may."""
+    if backend["trajectories"]:
+        furthest = {section["optimizer"]: max(section["tensors"], key=lambda v: (not v["conforms"], float(v["worst"])))
+                    for section in backend["trajectories"]}
+        told = ", ".join(f"{optimizer} {v['problem'] or _number(v['worst'])} ({v['tensor']})"
+                         for optimizer, v in furthest.items())
+        steps = backend["trajectories"][0]["steps"]
+        console.print(f"{backend['backend']}, {steps} steps on its own, distance / bound: {told}", soft_wrap=True)
 
 
 def _print_expected(entry: dict[str, Any], console: Console) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from conformance.case import Case
 from conformance.replay import judge_trace, own_gradients
-from conformance.run import operators
+from conformance.training import operators, unusable
 from conformance.verdict import TensorVerdict, complete_rows, judge_update, missing, ratio
 from spec.backend import Backend, Model
 from spec.errors import InputError
@@ -83,6 +83,11 @@ def _examine(spec: ModelSpec, case: Case, model: Model, trains: bool, tensor: st
     held = before | state | batch.arrays() | trace
     result = Examination(tensor, operators(model).get(tensor, ""), model.engine, optimizer, step,
                          {name: held[name] for name in sources if name in held}, missing(tensor, ""), [])
+    wrong = unusable(spec, before | state) if trains else []
+    if wrong and (tensor in update_steps(spec) or step > 1):
+        result.verdict = next((verdict for verdict in wrong if verdict.tensor == tensor), wrong[0])
+        return result
+    before = case.parameters if wrong or not trains else before
     expected = evaluate(spec, before, batch, trains, engine=trace, same_run=tensor not in update_steps(spec))
     replayed = evaluate(spec, before, batch, trains, engine=trace, replay=True)
     verdicts = {verdict.tensor: verdict for verdict in judge_trace(spec, trace, expected, replayed, trains)}
@@ -90,7 +95,9 @@ def _examine(spec: ModelSpec, case: Case, model: Model, trains: bool, tensor: st
         own = update(spec, before, state, own_gradients(expected, trace, verdicts.values()))[tensor]
         expected = update(spec, before, state, expected)[tensor]
         model.train_step(batch)
-        after = (model.parameters() | model.optimizer_state())[tensor]
+        after = (model.parameters() | model.optimizer_state()).get(tensor)
+        if after is None:
+            return result
         result.verdict = judge_update(tensor, held[tensor], after, expected, step, own)
         if result.verdict.own:
             result.elements = _worst(after if own.rows is None else after[own.rows], expected.new, own.new, own.rows)

@@ -9,7 +9,7 @@ from conformance.bundle import RESULTS, Bundle
 from conformance.case import Case
 from conformance.judge import judge_results, read_result
 from conformance.replay import Fault, find_faults, judge_trace
-from conformance.run import BackendResult, CaseResult, Section
+from conformance.result import BackendResult, CaseResult, Section
 from conformance.xfail import ExpectedFailures
 from spec import toml
 from spec.batch import Batch

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from conformance.generate import STEPS, Example
-from conformance.run import BackendResult, run_case
+from conformance.result import BackendResult
+from conformance.run import run_case
 from conformance.shrink import shrink
 from spec import toml
 from spec.backend import Backend, load_backend
@@ -64,7 +65,7 @@ def judge_example(example: Example, names: Sequence[str]) -> list[Outcome]:
 
 def _outcome(backend: Backend, example: Example) -> Outcome:
     try:
-        (result,) = run_case(example.case(), [backend]).backends
+        (result,) = run_case(example.case(), [backend], most_undecided=1).backends
     except Exception as error:
         problem = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         outcome = Outcome(backend.name, worst=math.inf, problem=problem)

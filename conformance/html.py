@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from conformance import matrix
 from conformance.figure import distributions, figure
 from conformance.flow import Cell, flows
+from conformance.ledger import SUSPICIOUS
 from spec.files import write_text
 
 
@@ -21,10 +22,10 @@ def write_html(report: dict[str, Any], path: Path) -> None:
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=_number, cell=_cell, at=_at, detail=_detail, pair_detail=_pair_detail,
                                cell_detail=_cell_detail,
-                               ledger=matrix.ledger, expected_failures=_expected_failures, short=_short)
+                               furthest=_furthest, expected_failures=_expected_failures, short=_short)
     edges = report["histogram_edges"]
     page = environment.get_template("report.html.j2").render(
-        report=report, bins=_bins(edges), suspicious=matrix.SUSPICIOUS, names=_backend_names(report),
+        report=report, bins=_bins(edges), suspicious=SUSPICIOUS, names=_backend_names(report),
         level=partial(matrix.level, edges=edges), ratio_level=partial(matrix.ratio_level, edges=edges),
         panels=matrix.panels, figure=figure, distributions=distributions, flows=flows,
         failures=_failures, first_failure=_first_failure)
@@ -61,6 +62,10 @@ def _first_failure(report: dict[str, Any]) -> list[tuple[dict[str, Any], dict[st
     """The first (case, backend) that ran and does not conform, or nothing."""
     return [(case, backend) for case in report["cases"] for backend in case["backends"]
             if backend["status"] == "fails"][:1]
+
+
+def _furthest(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(verdicts, key=matrix.badness)
 
 
 def _number(value: float | str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from conformance.bundle import RESULTS, Bundle, open_bundle
 from conformance.plain import plain
-from conformance.verdict import TensorVerdict, judge, judge_rows, judge_update, missing, unfit
+from conformance.verdict import TensorVerdict, judge, judge_fixed, judge_rows, judge_update, missing, unfit
 from spec.errors import InputError
 from spec.files import write_text
 
@@ -109,10 +109,7 @@ def _judge_tensor(bundle: Bundle, folder: Path, tensor: dict[str, Any], step: in
     before = bundle.read(tensor["before"])
     if tensor["kind"] == "update":
         return judge_update(name, before, result, _expected(bundle, tensor), step)
-    problem = unfit(result, before.shape)
-    if not problem and result.tobytes() != before.tobytes():
-        problem = "changed, and is not trained"
-    return TensorVerdict(name, phase, before.size, problem=problem)
+    return judge_fixed(name, before, result)
 
 
 def _judge_slice(bundle: Bundle, folder: Path, tensor: dict[str, Any]) -> TensorVerdict:

@@ -10,9 +10,6 @@ _TABLE = re.compile(r"tables\.(\d+)\.(.+)")
 _MOST_TABLES = 4
 """A tensor that more tables than this have becomes one row that unfolds."""
 
-SUSPICIOUS = 1e-3
-"""An inexact tensor whose worst error / bound is below this: its bound is wider than the arithmetic needs."""
-
 Verdict = dict[str, Any]
 
 
@@ -84,16 +81,6 @@ def ratio_level(worst: float | str, edges: list[float]) -> str:
     """The bin of the histogram that an error / bound falls into; "fail" above 1."""
     place = bisect_left(edges, float(worst))
     return "fail" if place == len(edges) else f"r{place}"
-
-
-def is_suspicious(verdict: Verdict) -> bool:
-    """Better than float32 can be, or compared with a bound that is too wide."""
-    return verdict["conforms"] and float(verdict["tightness"]) > 0 and float(verdict["worst"]) < SUSPICIOUS
-
-
-def is_vacuous(verdict: Verdict) -> bool:
-    """A null result would have conformed."""
-    return verdict["null_ratio"] is not None and float(verdict["null_ratio"]) <= 1
 
 
 def panels(case: dict[str, Any]) -> list[Panel]:
@@ -170,48 +157,3 @@ def _kinks(kinks: dict[str, int]) -> str:
     for name, count in kinks.items():
         counts[without_number(name)] = counts.get(without_number(name), 0) + count
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-@dataclass
-class Ledger:
-    """What one backend was held against, counted.
-
-    Attributes:
-        exact, inexact: tensors whose arithmetic leaves no room for error, and the others.
-        suspicious, vacuous: (where, verdict) of tensors whose bound may mean nothing.
-        loosest: greatest rms(bound) / rms(tensor).
-        weakest: least score of a null result.
-        kinks: elements within reach of a kink.
-    """
-
-    backend: str
-    tensors: int
-    elements: int
-    failing: int
-    exact: int
-    inexact: int
-    suspicious: list[tuple[str, Verdict]]
-    vacuous: list[tuple[str, Verdict]]
-    loosest: float
-    weakest: float | None
-    kinks: int
-
-    @property
-    def doubts(self) -> int:
-        return len(self.suspicious) + len(self.vacuous)
-
-
-def ledger(backend: dict[str, Any]) -> Ledger:
-    found = [(section["optimizer"] or verdict["phase"], verdict)
-             for section in backend["sections"] for verdict in section["tensors"]]
-    verdicts = [verdict for _, verdict in found]
-    judged = [verdict for verdict in verdicts if not verdict["problem"]]
-    inexact = sum(float(verdict["tightness"]) > 0 for verdict in judged)
-    return Ledger(
-        backend["backend"], len(verdicts), backend["elements"],
-        sum(map(fails, verdicts)), len(judged) - inexact, inexact,
-        [(where, verdict) for where, verdict in found if is_suspicious(verdict)],
-        [(where, verdict) for where, verdict in found if is_vacuous(verdict)],
-        max((float(verdict["tightness"]) for verdict in verdicts), default=0.0),
-        min((float(v["null_ratio"]) for v in verdicts if v["null_ratio"] is not None), default=None),
-        sum(count for section in backend["sections"] for count in section["kinks"].values()))

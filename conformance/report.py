@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from conformance.case import Case
+from conformance.ledger import ledger
 from conformance.machine import describe_machine
 from conformance.plain import plain
 from conformance.replay import Fault
-from conformance.run import BackendResult, CaseResult
+from conformance.result import BackendResult, CaseResult, Section
+from conformance.trajectory import MEMBERS, REACH
 from conformance.verdict import RATIO_EDGES, TensorVerdict
 from conformance.xfail import ExpectedFailures
 from spec.files import write_text
@@ -44,7 +46,7 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 
 def _case(result: CaseResult) -> dict[str, Any]:
-    case, spec = result.case, result.case.spec
+    case, spec, free = result.case, result.case.spec, result.free
     return {
         "spec": spec.name,
         "digest": spec.digest,
@@ -59,6 +61,8 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "steps": len(case.batches) if case.optimizers else 0,
         "optimizers": list(case.optimizers),
         "graph": _graph(case),
+        "trajectory": free and {"steps": len(free.batches), "batch_size": free.batches[0].size, "members": MEMBERS,
+                                "reach": REACH},
         "conforms": result.conforms,
         "backends": [_backend(backend) for backend in result.backends],
         "pairs": [asdict(pair) | {"conforms": pair.conforms} for pair in result.pairs],
@@ -83,12 +87,17 @@ def _backend(result: BackendResult) -> dict[str, Any]:
         "tensors": len(result.verdicts), "elements": result.elements,
         "worst": worst and _verdict(worst), "summary": worst.summary() if worst else "",
         "fault": result.fault and _fault(result.fault),
-        "sections": [
-            {"optimizer": section.optimizer, "steps": section.steps, "learning_rate": section.learning_rate,
-             "kinks": section.kinks,
-             "tensors": [_verdict(verdict) for verdict in section.tensors]}
-            for section in result.sections],
+        "ledger": asdict(ledger(result)),
+        "repeat": result.repeat and asdict(result.repeat) | {"broken": result.repeat.broken},
+        "sections": [_section(section) for section in result.sections],
+        "trajectories": [_section(section) for section in result.trajectories],
     }
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return {"optimizer": section.optimizer, "steps": section.steps, "learning_rate": section.learning_rate,
+            "kinks": section.kinks, "required": section.required,
+            "tensors": [_verdict(verdict) for verdict in section.tensors]}
 
 
 def _fault(fault: Fault) -> dict[str, Any]:
@@ -96,4 +105,5 @@ def _fault(fault: Fault) -> dict[str, Any]:
 
 
 def _verdict(verdict: TensorVerdict) -> dict[str, Any]:
-    return asdict(verdict) | {"conforms": verdict.conforms}
+    """`summary` says what is wrong; empty where it conforms."""
+    return asdict(verdict) | {"conforms": verdict.conforms, "summary": "" if verdict.conforms else verdict.summary()}

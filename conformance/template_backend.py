@@ -56,6 +56,7 @@ class Model:
 class Backend:
     name = "my-port"
     trains = False  # True once there are gradients: what is then missing fails
+    repeatable = False  # True where two models make the same bits of the same calls: that is then checked
 
     def available(self) -> Availability:
         """Say here why your engine cannot run, and how to mend that, instead of failing at import."""

@@ -58,7 +58,8 @@ class TensorVerdict:
         null_ratio: what a null result would score as `worst`: all zeros or, for an update, the tensor left as it
             was. None where the null result is the right one.
         histogram: elements by error / bound, see RATIO_EDGES.
-        problem: why there is nothing to compare: missing, wrong shape, wrong dtype.
+        problem: why the comparison says nothing, whatever it found: the tensor is missing or of another shape or dtype,
+            the reference is not finite, too few elements were compared.
         xfail: why it was expected not to conform, where it was and does not (`conformance.xfail`).
         own: the part of the error that this tensor's own step made, where it was replayed.
     """
@@ -170,6 +171,17 @@ def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: "
     return verdict
 
 
+def judge_fixed(tensor: str, before: np.ndarray, after: object) -> TensorVerdict:
+    """A parameter that no optimizer trains keeps its bits. `after`: None where it is missing."""
+    problem = "the backend did not return it" if after is None else unfit(after, before.shape)
+    if not problem and after.tobytes() != before.tobytes():
+        problem = "changed, and is not trained"
+    verdict = missing(tensor, "update", problem)
+    if not problem:
+        verdict.elements = verdict.histogram[0] = before.size
+    return verdict
+
+
 def unfit(value: object, shape: tuple[int, ...]) -> str:
     """Why a value cannot be compared with a float32 tensor of this shape; empty where it can."""
     if not isinstance(value, np.ndarray | np.generic):
@@ -185,6 +197,11 @@ def _compare(tensor: str, phase: str, value: np.ndarray, expected: Tracked, rows
     if value.size == 0:
         return TensorVerdict(tensor, phase, step=step)
     bound = expected.reach
+    unbounded = np.argwhere(~(np.isfinite(bound) & np.isfinite(expected.value)))
+    if len(unbounded):
+        place = tuple(unbounded[0])
+        return missing(tensor, phase, f"nothing can be judged at {_named(place, rows)}, where the reference is "
+                                      f"{expected.value[place]:g} +- {bound[place]:g}")
     ratios = ratio(np.abs(value - expected.value), bound)
     place = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
     scale = float(np.sqrt(np.mean(expected.value**2)))

@@ -159,6 +159,7 @@ class NetBackend:
     available: Callable[[], Availability]
     devices: tuple[str, ...] = ("cpu",)
     trains: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
 
     def create(self, spec: ModelSpec, parameters: Arrays, device: str = "cpu") -> NetModel:
         """Raises EngineError where the engine is missing or fails; InputError for a device that it cannot use,

@@ -17,6 +17,7 @@ class TorchBackend:
 
     name = "torch"
     trains = True
+    repeatable = True  # on the CPU
 
     def available(self) -> Availability:
         if find_spec("torch") is None:

@@ -19,6 +19,7 @@ class TorchOnnxBackend:
 
     name = "torch-onnx"
     trains = False
+    repeatable = True
 
     def available(self) -> Availability:
         missing = [package for package in _PACKAGES if find_spec(package) is None]

@@ -90,7 +90,9 @@ class NamesOperators(Protocol):
 class Backend(Protocol):
     name: str
     trains: bool
-    """False: forward only; `train_step` and `optimizer_state` raise NotImplementedError."""
+    """False: forward only; `train_step` and `optimizer_state` raise NotImplementedError.
+
+    A backend may also have `repeatable`, see `is_repeatable`."""
 
     def available(self) -> Availability:
         """Cheap; loads no framework where that can be helped."""
@@ -101,6 +103,12 @@ class Backend(Protocol):
         Raises EngineError where the engine is missing or fails, InputError for a device it cannot use and for
         parameters that are not the spec's (`spec.parameters.check_parameters`).
         """
+
+
+def is_repeatable(backend: Backend) -> bool:
+    """Whether the backend promises, by an attribute `repeatable = True`, that two models make the same bits of the same
+    calls, in one process and with as many threads. The suite holds it to that."""
+    return getattr(backend, "repeatable", False)
 
 
 def backend_names(group: str = GROUP) -> tuple[str, ...]:

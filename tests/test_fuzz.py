@@ -72,7 +72,7 @@ def test_sizes_go_to_their_limits_at_a_bounded_cost(many):
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(examples())
 def test_the_rounded_reference_is_no_false_alarm(example):
-    result = run_case(example.case(), [Rounded()])
+    result = run_case(example.case(), [Rounded()], most_undecided=1)
     assert result.conforms, result.backends[0].worst.summary()
 
 
@@ -85,7 +85,7 @@ def test_samples_at_a_clip_are_no_false_alarm():
     case = example.case()
     case.parameters["bottom.0.weight"][:], case.parameters["bottom.0.bias"][:] = 1, 0
     case.parameters["top.0.weight"][:], case.parameters["top.0.bias"][:] = (0.1, 0), 13.75
-    result = run_case(case, [Rounded()])
+    result = run_case(case, [Rounded()], most_undecided=1)
     assert result.conforms, result.backends[0].worst.summary()
     probability = Rounded().create(spec, case.parameters).predict(example.batch())
     assert (probability == np.float32(1 - 1e-6)).sum() > 40 and len(np.unique(probability)) > 1
@@ -163,7 +163,10 @@ def test_a_good_backend_passes_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["tiny", "--fuzz", "3"], ["--fuzz", "3", "--steps", "2"], ["--fuzz", "0"],
-                                       ["tiny", "--jobs", "2"], ["--fuzz", "2", "--backend", "no-such"]])
+                                       ["tiny", "--jobs", "2"], ["--fuzz", "2", "--backend", "no-such"],
+                                       ["--fuzz", "2", "--data", "criteo:x"], ["--fuzz", "2", "--device", "cuda"],
+                                       ["--fuzz", "2", "--mutants"], ["--fuzz", "2", "--junit", "x.xml"],
+                                       ["--fuzz", "2", "--only", "loss"], ["--fuzz", "2", "--trajectory", "9"]])
 def test_options_that_do_not_go_together(arguments):
     assert CliRunner().invoke(main, ["conform", *arguments]).exit_code == 2
 

@@ -201,6 +201,28 @@ def test_an_examination_of_a_right_and_a_wrong_step(case):
         examine(case, Rounded(), "top.0.wieght_grad")
 
 
+@pytest.mark.parametrize(("method", "name"), [("parameters", "top.0.weight"),
+                                              ("optimizer_state", "top.0.weight.moment")])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_parameter_or_a_moment_that_is_missing_is_a_verdict(case, method, name, after):
+    """Whatever is examined: it may be what is missing, be made from it, or stand behind a step that is."""
+    class Odd(Rounded):
+        steps = 0
+
+        def train_step(self, batch):
+            self.steps += 1
+            return super().train_step(batch)
+
+    setattr(Odd, method, lambda self: {key: array for key, array in getattr(Rounded, method)(self).items()
+                                       if key != name or self.steps < after})
+    found = examine(case, Odd(), name, "adagrad", 1)
+    assert not found.conforms and found.verdict.tensor == name and "did not return it" in found.verdict.problem
+    if not after:
+        found = examine(case, Odd(), "bottom.0.weight", "adagrad", 2)
+        assert not found.conforms and found.verdict.tensor == name
+        assert examine(case, Odd(), "bottom.0.weight_grad", "adagrad", 1).conforms
+
+
 def test_the_command_in_a_report_shows_the_fault_again(tmp_path):
     path = tmp_path / "report.json"
     run = ["conform", "tiny", "--max-rows", "25", "--backend", "faulty:OFFSET", "--steps", "1"]

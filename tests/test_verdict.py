@@ -29,6 +29,13 @@ def test_what_is_not_finite_fails_even_under_a_wide_bound(bad):
     assert not verdict.conforms and verdict.worst == np.inf
 
 
+@pytest.mark.parametrize(("value", "sigma"), [(1.0, np.inf), (1.0, np.nan), (np.inf, 1.0), (np.nan, 1.0)])
+def test_a_reference_that_is_not_finite_judges_nothing(value, sigma):
+    """Under an infinite bound everything would conform."""
+    verdict = judge("x", "forward", np.float32([1, 1]), tracked([1.0, value], sigma=np.array([1e-6, sigma])))
+    assert not verdict.conforms and "nothing can be judged at [1]" in verdict.problem
+
+
 def test_exact_tensors_must_match_exactly():
     expected = tracked([1.0, 0.0], sigma=0)
     assert judge("x", "forward", np.float32([1, 0]), expected).conforms

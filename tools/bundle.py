@@ -10,7 +10,7 @@ from conformance.bundle_writer import bundle_bytes, make_bundle_case, write_bund
 from conformance.foreign import run_bundle
 from conformance.xfail import load_expected_failures
 from spec.model import ModelSpec
-from tools.conform import check_outputs, write_reports
+from tools.conform import Outputs, publish
 
 _LARGE = 100e6
 """Bytes from which a bundle's size is announced before it is written."""
@@ -33,11 +33,11 @@ def write(spec: ModelSpec, optimizers: Sequence[str], steps: int, batch_size: in
                f"python {folder / 'judge.py'}, or dlrm conform --bundle {folder}")
 
 
-def judge(folder: Path, names: Sequence[str], out: Path | None, json_path: Path | None, xfail: Path | None) -> bool:
+def judge(folder: Path, names: Sequence[str], outputs: Outputs, xfail: Path | None) -> bool:
     """Judge results beside a bundle, print and write the reports; True when all of them conform.
 
     Raises InputError for a bundle that is not whole and for results that are not there.
     """
     expected = load_expected_failures(xfail) if xfail else None
-    check_outputs(out, json_path)
-    return write_reports([run_bundle(open_bundle(folder), names, expected)], out, json_path, expected)
+    outputs.check()
+    return publish([run_bundle(open_bundle(folder), names, expected)], outputs, expected)

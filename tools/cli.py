@@ -87,6 +87,7 @@ def spec_schema() -> None:
 @main.command(epilog=_example(
     "dlrm conform tiny",
     "dlrm conform criteo-kaggle --max-rows 100000 --data criteo:train.txt --out report",
+    "dlrm conform tiny --trajectory 200 --junit conformance.xml",
     "dlrm conform tiny --backend torch --only top.1.weight_grad",
     "dlrm conform tiny --mutants --backend torch",
     "dlrm conform tiny --write-bundle bundle",
@@ -112,7 +113,12 @@ def spec_schema() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where backends run; never tried on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and report.html; of --fuzz, for "
               "the failing specs and their batches.  [default: of --fuzz, fuzz]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report as JSON to this file.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path),
+              help="Write the report as JSON to this file (its schema: conformance/report.schema.json).")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the report as JUnit XML to this file.")
+@click.option("--trajectory", type=click.IntRange(min=1), metavar="STEPS",
+              help="Also train each backend for so many steps without re-synchronising it, and judge how far it strays "
+                   "against an ensemble moved by one unit in the last place. Batches of 32, or --batch-size.")
 @click.option("--xfail", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML of [[xfail]] entries: backend, tensor, reason, and optionally preset, phase, optimizer. What "
                    "they match may fail; see conformance/PORTING.md.")
@@ -134,9 +140,9 @@ def spec_schema() -> None:
               help="Run nothing: judge the results in DIR/results; --backend names those to judge.")
 def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple[str, ...], steps: int | None,
             batch_size: int | None, max_rows: int | None, data: str, seed: int, device: str, out: Path | None,
-            json_path: Path | None, xfail: Path | None, only: str | None, mutants: bool, template: Path | None,
-            fuzz: int | None, minutes: float | None, jobs: int | None, write_bundle: Path | None,
-            bundle: Path | None) -> None:
+            json_path: Path | None, junit: Path | None, trajectory: int | None, xfail: Path | None, only: str | None,
+            mutants: bool, template: Path | None, fuzz: int | None, minutes: float | None, jobs: int | None,
+            write_bundle: Path | None, bundle: Path | None) -> None:
     """Check that backends compute what the spec says: forward, backward, and every optimizer step.
 
     SPECS are presets or .toml files. Every tensor of every backend is held against the float64 reference,
@@ -148,45 +154,49 @@ def conform(specs: tuple[str, ...], backends: tuple[str, ...], optimizers: tuple
         raise click.UsageError("name SPECS, or --bundle DIR, or --template FILE, or --fuzz N, and only one of them")
     if (minutes or jobs) and not fuzz:
         raise click.UsageError("--minutes and --jobs go with --fuzz N")
+    given_data = (None if data == "random" else data, None if device == "cpu" else device)
     if template:
         _reject("--template", only, mutants or None, backends, optimizers, steps, batch_size, max_rows, out, json_path,
-                xfail, write_bundle)
+                junit, trajectory, xfail, write_bundle)
         from tools.template import write_template
         click.echo(write_template(template))
         return
     from spec.threads import wait_without_spinning
     wait_without_spinning()
     if fuzz:
-        _reject("--fuzz", only, mutants or None, optimizers, steps, batch_size, max_rows, xfail, write_bundle)
+        _reject("--fuzz", only, mutants or None, optimizers, steps, batch_size, max_rows, xfail, write_bundle, junit,
+                trajectory, *given_data)
         from tools.fuzz import run as run_campaign
         ok = run_campaign(fuzz, seed, backends, minutes, jobs, out or Path("fuzz"), json_path)
         raise click.exceptions.Exit(0 if ok else 1)
+    from tools.conform import Outputs, run
+    outputs = Outputs(out, json_path, junit)
     if bundle:
-        _reject("--bundle", only, mutants or None, optimizers, steps, batch_size, max_rows, write_bundle)
+        _reject("--bundle", only, mutants or None, optimizers, steps, batch_size, max_rows, write_bundle, trajectory,
+                *given_data)
         from tools.bundle import judge
-        raise click.exceptions.Exit(0 if judge(bundle, backends, out, json_path, xfail) else 1)
+        raise click.exceptions.Exit(0 if judge(bundle, backends, outputs, xfail) else 1)
     loaded = [_load(name, max_rows) for name in specs]
     given, optimizers = optimizers, optimizers or OPTIMIZERS
     if write_bundle:
-        _reject("--write-bundle", only, mutants or None, backends, out, json_path, xfail, specs[1:])
+        _reject("--write-bundle", only, mutants or None, backends, out, json_path, junit, trajectory, xfail, specs[1:])
         from tools.bundle import write
         write(loaded[0], optimizers, 2 if steps is None else steps, batch_size, data, seed, write_bundle)
         return
     if only:
-        _reject("--only", out, json_path, xfail, specs[1:], backends[1:], given[1:])
+        _reject("--only", mutants or None, out, json_path, junit, trajectory, xfail, specs[1:], backends[1:], given[1:])
         from tools.only import run as look
         ok = look(loaded[0], backends, only, given, steps or 1, batch_size, data, seed, device)
         raise click.exceptions.Exit(0 if ok else 1)
     cap = f" --max-rows {max_rows}" if max_rows else ""
     arguments = [shlex.quote(name) + cap for name in specs]
     if mutants:
-        _reject("--mutants", given, steps, xfail, None if data == "random" else data)
+        _reject("--mutants", given, steps, xfail, junit, trajectory, *given_data)
         from tools.mutants import run as run_mutants
         ok = run_mutants(loaded, arguments, backends, seed, batch_size, out, json_path)
         raise click.exceptions.Exit(0 if ok else 1)
-    from tools.conform import run
-    ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, out,
-             json_path, xfail, arguments)
+    ok = run(loaded, backends, optimizers, 10 if steps is None else steps, batch_size, data, seed, device, outputs,
+             xfail, trajectory, arguments)
     raise click.exceptions.Exit(0 if ok else 1)
 
 
@@ -195,7 +205,7 @@ def _reject(option: str, *others: object) -> None:
              "--mutants": "specs, --backend, --batch-size, --max-rows, --seed, --out and --json alone",
              "--only": "one spec, one --backend, one --optimizer at most, and no report",
              "--fuzz": "--seed, --backend, --minutes, --jobs, --out and --json alone",
-             "--bundle": "--backend, --xfail, --out and --json alone",
+             "--bundle": "--backend, --xfail, --out, --json and --junit alone",
              "--write-bundle": "one spec, no backend and no report"}
     if any(other not in (None, ()) for other in others):
         raise click.UsageError(f"{option} takes {takes[option]}")
