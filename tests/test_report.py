@@ -112,7 +112,7 @@ def test_every_tensor_appears_with_its_worst_ratio(page, wide, spec):
     assert len(tensors(report)) > 40
     for section in report["cases"][0]["backends"][0]["sections"]:
         for verdict in section["tensors"]:
-            shown = [cells[0] for cells in found.cells(verdict.tensor)]
+            shown = [cells[0] for cells in found.cells(verdict["tensor"])]
             text = "exact" if not verdict["tightness"] else None
             assert any(
                 cell[2] == text if text else float(cell[2]) == pytest.approx(verdict["worst"], rel=0.06)
