@@ -31,18 +31,19 @@ def export_netdef(spec: ModelSpec, parameters: Arrays, folder: Path, source: Sou
     return paths
 
 
-def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Source | None = None) -> list[Path]:
+def export_onnx(spec: ModelSpec, parameters: Arrays, folder: Path, source: Source | None = None,
+                by_rows: bool = False) -> list[Path]:
     """Write the predict net as model.onnx and the train net as train.onnx, both of functions, and of either an
     .inlined.onnx; the paths of these files and of the parameters' own, if there is one.
 
     The predict model holds the parameters, or refers to the source's file where that is in the folder: it is made
-    where there are too many (`spec.exported.EMBEDDED_BYTES`). In the train model they are inputs. Raises InputError
-    where the folder cannot be written to.
+    where there are too many (`spec.exported.EMBEDDED_BYTES`). In the train model they are inputs; `by_rows`: see
+    `train_model`. Raises InputError where the folder cannot be written to.
     """
     source = stored_if_large(spec, parameters, folder, source or Source())
     model = predict_model(spec, parameters, source.references(folder))
     return [*source.paths(folder), *_write(model, spec, folder / "model.onnx", source.name),
-            *_write(train_model(spec), spec, folder / "train.onnx", "inputs of the model")]
+            *_write(train_model(spec, by_rows), spec, folder / "train.onnx", "inputs of the model")]
 
 
 def predict_model(spec: ModelSpec, parameters: Arrays, stored: dict[str, tuple[str, int]]) -> "onnx.ModelProto":
@@ -85,8 +86,14 @@ def _write(model: "onnx.ModelProto", spec: ModelSpec, path: Path, parameters: st
     for value in model.graph.input:
         value.doc_string = texts[value.name]
     for value in model.graph.output:
-        value.doc_string = texts.get(value.name) or f"after the update: {value.name.removesuffix('.new')}"
+        value.doc_string = texts.get(value.name) or _doc_of_update(value.name)
     contents = {path: model, path.with_suffix(".inlined.onnx"): inline(model)}
     for path, content in contents.items():
         write_bytes(path, content.SerializeToString(deterministic=True))
     return list(contents)
+
+
+def _doc_of_update(output: str) -> str:
+    name, _, part = output.rpartition(".")
+    return {"new": "after the update: {}", "new_rows": "the rows of {} that change, none twice",
+            "new_values": "what becomes of the rows of {} that change"}[part].format(name)

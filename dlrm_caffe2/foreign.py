@@ -68,7 +68,8 @@ def convert_files(netdef: Path, folder: Path, init: Path | None = None, values: 
     try:
         return _convert(net, netdef, folder, _values(init, values), inputs, outputs)
     except InputError as error:
-        raise error if error.where.startswith((str(init), str(values), "--")) else error.within(str(netdef)) from None
+        named = error.where.startswith((str(init), str(values), str(folder), "--"))
+        raise error if named else error.within(str(netdef)) from None
     except EngineError as error:
         raise EngineError(f"{netdef}: {error}") from None
 

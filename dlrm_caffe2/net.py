@@ -83,11 +83,12 @@ def read_net(path: Path) -> NetDef:
 
 
 def _parsed(path: Path, content: bytes, error: DecodeError) -> NetDef:
-    try:
-        return text_format.Parse(content.decode("ascii"), NetDef())
-    except UnicodeDecodeError:
+    text = content.decode("latin-1")
+    if not all(character.isprintable() or character.isspace() for character in text):
         raise InputError(str(path), "a serialized caffe2 NetDef", f"bytes that do not parse ({error})",
                          "export it again") from None
+    try:
+        return text_format.Parse(text, NetDef())
     except text_format.ParseError as problem:
         raise InputError(str(path), "a caffe2 NetDef, serialized or as text", f"text that does not parse ({problem})",
                          "mend it, or export it again") from None

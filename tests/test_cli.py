@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,14 +174,96 @@ def test_every_help_shows_an_example(command):
     assert re.search(r"Example:\s+dlrm ", result.output) or command in (["spec"], ["engine"])
 
 
-def test_interrupting_exits_130_at_once_and_writes_nothing(tmp_path):
-    process = subprocess.Popen([DLRM, "conform", "criteo-kaggle", "--max-rows", "1000", "--backend", "torch", "--steps",
-                                "1000", "--out", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(4)
+@pytest.mark.parametrize("arguments", [
+    ["conform", "criteo-kaggle", "--max-rows", "1000", "--backend", "torch", "--steps", "1000"],
+    ["export", "criteo-kaggle", "--external-data", "--format", "onnx"]])
+def test_interrupting_exits_130_at_once_and_writes_nothing(arguments, tmp_path):
+    """An export of 2 GB is in the middle of its first file: there is something to remove."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([DLRM, *arguments, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + (4 if arguments[0] == "conform" else 60)
+    while time.monotonic() < deadline and not list(out.glob(".model.safetensors.*")):
+        time.sleep(0.05)
+    assert arguments[0] == "conform" or list(out.iterdir())
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and stderr.decode().strip().endswith("dlrm: interrupted")
-    assert not list((tmp_path / "out").glob("*"))
+    assert not list(out.glob("*")) and not list(out.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """tiny as NetDefs and, in a folder of its own, as ONNX models that refer to a file."""
+    folder = tmp_path_factory.mktemp("written")
+    for options in (["--format", "netdef"], ["--format", "onnx", "--external-data"]):
+        assert invoke("export", "tiny", "--out", folder / options[1], *options).exit_code == 0
+    return folder
+
+
+def no_such_operator(folder):
+    path = folder / "netdef/train_net.pb"
+    path.write_bytes(path.read_bytes().replace(b"ReluGradient", b"ReluGredient"))
+
+
+def newer_opset(folder):
+    path = folder / "onnx/model.inlined.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.opset_import[0].version = onnx.defs.onnx_opset_version() + 1
+    onnx.save(model, path)
+
+
+def truncated(name):
+    def change(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:len(content) // 2])
+    return change
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def a_file_for(name):
+    return lambda folder: (folder / name).write_text("in the way")
+
+
+NET = ["export", "--netdef", "netdef/predict_net.pb", "--init", "netdef/init_net.pb", "--out", "out"]
+
+
+@pytest.mark.parametrize(("change", "arguments", "message"), [
+    (no_such_operator, ["export", "--netdef", "netdef/train_net.pb", "--out", "out"],
+     "netdef/train_net.pb: net 'tiny_train': expected operators that this package knows, found others: ReluGredient"),
+    (truncated("netdef/predict_net.pb"), NET, "netdef/predict_net.pb: expected a serialized caffe2 NetDef"),
+    (truncated("netdef/init_net.pb"), NET, "netdef/init_net.pb: expected a serialized caffe2 NetDef"),
+    (without("netdef/init_net.pb"), NET, "netdef/init_net.pb: expected a readable NetDef file"),
+    (truncated("netdef/train_net.pb"), ["engine", "check", "netdef/train_net.pb"], "netdef/train_net.pb: expected a"),
+    (None, [*NET, "--input", "dense"], "--input 'dense': expected NAME=TYPE or NAME=TYPE[SIZES]"),
+    (None, [*NET, "--input", "dense=float31"], "--input 'dense=float31': expected a type: float32"),
+    (None, [*NET, "--input", "dense=float32[B,"], "--input 'dense=float32[B,': expected NAME=TYPE"),
+    (None, [*NET, "--input", "dens=float32"], "--input 'dens=float32': expected one of the net's inputs: dense"),
+    (None, [*NET, "--output", "logit"], "--output 'logit': expected a blob that the net makes"),
+    (truncated("onnx/model.safetensors"), ["export", "tiny", "--parameters", "onnx/model.safetensors", "--out", "out"],
+     "onnx/model.safetensors: expected a whole safetensors file"),
+    (without("onnx/model.safetensors"), ["engine", "check", "onnx/model.onnx"],
+     "onnx/model.onnx: initializer 'tables.0.weight': expected external data in onnx/model.safetensors, found no such"),
+    (truncated("onnx/model.safetensors"), ["engine", "check", "onnx/model.onnx"],
+     "onnx/model.onnx: initializer 'tables."),
+    (truncated("onnx/train.onnx"), ["engine", "check", "onnx/train.onnx"],
+     "onnx/train.onnx: expected a serialized ONNX model"),
+    (newer_opset, ["engine", "check", "onnx/model.inlined.onnx"], "onnx/model.inlined.onnx: "),
+    (a_file_for("out"), ["export", "tiny", "--out", "out"], "out/init_net.pb: expected a writable folder"),
+    (a_file_for("out"), [*NET, "--input", "*indices=int64"], "out/predict_net.onnx: expected a writable folder"),
+])
+def test_bad_files_and_folders_of_exports(change, arguments, message, written, tmp_path, monkeypatch):
+    """And nothing is written."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if change:
+        change(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    line = refused(*arguments)
+    assert line.startswith(message)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def children(pid):
@@ -265,6 +348,25 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     stored.write_bytes(stored.read_bytes()[:-1])
     assert "expected a whole safetensors file" in refused("export", "tiny", "--out", tmp_path, "--parameters", stored)
     assert "not both" in invoke("export", "tiny", "--out", tmp_path, "--parameters", stored, "--seed", 1).output
+
+
+def test_a_step_that_returns_the_rows_that_change(tmp_path):
+    arguments = ["export", "tiny", "--out", tmp_path, "--table-updates", "rows"]
+    assert invoke(*arguments, "--format", "onnx").exit_code == 0
+    for path in (tmp_path / "train.onnx", tmp_path / "train.inlined.onnx"):
+        outputs = {value.name: value for value in onnx.load(path).graph.output}
+        assert {"tables.0.weight.new_rows", "tables.0.weight.new_values", "top.0.bias.new"} <= outputs.keys()
+        assert "tables.0.weight.new" not in outputs
+        assert "rows of tables.0.weight that change" in outputs["tables.0.weight.new_rows"].doc_string
+    assert invoke(*arguments, "--format", "netdef").exit_code == 2
+    assert invoke(*arguments, "--tables", "int8").exit_code == 2
+
+
+def test_progress_is_drawn_on_a_terminal(tmp_path):
+    run = subprocess.run([DLRM, "export", "tiny", "--format", "onnx", "--external-data", "--out", tmp_path],
+                         capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
+    assert run.returncode == 0 and run.stdout.splitlines()[0] == str(tmp_path / "model.safetensors")
+    assert "tiny: onnx" in run.stderr and "model.safetensors: " in run.stderr
 
 
 def test_any_net_leaves_caffe2(tmp_path):

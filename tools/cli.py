@@ -214,6 +214,7 @@ def _reject(option: str, *others: object) -> None:
 @main.command(epilog=_example(
     "dlrm export criteo-kaggle --max-rows 1000 --out exported",
     "dlrm export paper-benchmark --format onnx --parameters exported/trained.safetensors --out exported",
+    "dlrm export criteo-kaggle --max-rows 100000 --format onnx --table-updates rows --out trainable",
     "dlrm export criteo-kaggle --max-rows 100000 --tables int8 --out serving",
     "dlrm export --netdef predict_net.pb --init init_net.pb --input '*_ids=int64' --out exported"))
 @click.argument("name", required=False)
@@ -228,6 +229,9 @@ def _reject(option: str, *others: object) -> None:
                    "GiB.")
 @click.option("--format", "formats", multiple=True, type=click.Choice(["netdef", "onnx", "torch-onnx"]),
               help="What to write; repeat for several.  [default: netdef, onnx]")
+@click.option("--table-updates", type=click.Choice(["whole", "rows"]),
+              help="Of each table, what the training step in ONNX returns: the whole new table, or the rows that "
+                   "change, X.new_rows, and what they become, X.new_values: no table is copied then.  [default: whole]")
 @click.option("--tables", type=click.Choice(["fp16", "int8", "uint8-rowwise"]),
               help="Write only ONNX models that predict, with tables of fewer bits, and measure what that costs.")
 @click.option("--data", metavar="SOURCE",
@@ -245,8 +249,9 @@ def _reject(option: str, *others: object) -> None:
               help="A blob to return; repeat for several.  [default: the net's external outputs or, where it has none, "
                    "all that no operator reads]")
 def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, file: Path | None, external_data: bool,
-           formats: tuple[str, ...], tables: str | None, data: str | None, samples: int | None, json_path: Path | None,
-           netdef: Path | None, init: Path | None, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+           formats: tuple[str, ...], table_updates: str | None, tables: str | None, data: str | None,
+           samples: int | None, json_path: Path | None, netdef: Path | None, init: Path | None,
+           inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
     """Write a model in other formats.
 
     NAME, a preset or a .toml file, is written as Caffe2 NetDefs (init, predict, train), as ONNX of these nets (predict
@@ -260,14 +265,17 @@ def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, 
     after they were looked up. Each is run beside the model of float32, and the differences are printed.
     """
     from tools.export import convert, run
-    of_model, of_net = (max_rows, seed is not None, external_data, formats, tables), (init, inputs, outputs)
+    of_model = (max_rows, seed is not None, external_data, formats, table_updates, tables)
+    of_net = (init, inputs, outputs)
     if (name is None) == (netdef is None):
         raise click.UsageError("name a model, or give a net with --netdef")
     if any(of_net if name else of_model):
         raise click.UsageError("--init, --input and --output are for --netdef; --max-rows, --seed, --external-data, "
-                               "--format and --tables for models")
+                               "--format, --table-updates and --tables for models")
     if seed is not None and file:
         raise click.UsageError("give --seed or --parameters, not both")
+    if table_updates and (tables or (formats and "onnx" not in formats)):
+        raise click.UsageError("--table-updates is for the training step that --format onnx writes")
     if not tables and (data or samples or json_path):
         raise click.UsageError("--data, --samples and --json are for --tables")
     if tables:
@@ -275,7 +283,8 @@ def export(name: str | None, out: Path, max_rows: int | None, seed: int | None, 
         lines = run_low_precision(_load(name, max_rows), out, tables, seed or 0, formats or ("onnx",), file,
                                   external_data, data or "random", samples or 4096, json_path)
     elif name:
-        lines = run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data)
+        lines = run(_load(name, max_rows), out, seed or 0, formats or ("netdef", "onnx"), file, external_data,
+                    table_updates == "rows")
     else:
         lines = convert(netdef, out, init, file, inputs, outputs)
     for line in lines:
