@@ -3,9 +3,11 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
@@ -23,6 +25,13 @@ _PROVIDER = "CPUExecutionProvider"
 _CONTAINERS = ("If", "Loop", "Scan")
 
 
+@lru_cache(maxsize=8)
+def _exported(spec: str, bags: type[EmbeddingBags] | None) -> onnx.ModelProto:
+    """`forward_model` of a spec in JSON: seconds, for a graph that knows nothing of the parameters. Not to be
+    changed."""
+    return forward_model(ModelSpec.model_validate_json(spec), bags=bags)
+
+
 class OnnxModel:
     """One model of `spec.backend.Model`, from files in a temporary folder. Batches are validated before they are used.
 
@@ -35,7 +44,7 @@ class OnnxModel:
         self.threads = torch.get_num_threads()
         self.engine = (f"ONNX Runtime {onnxruntime.__version__}, {_PROVIDER}, opset {OPSET}, exported by PyTorch "
                        f"{torch.__version__}, {self.threads} threads")
-        self._model = forward_model(spec, bags=bags)
+        self._model = _exported(spec.model_dump_json(), bags)
         self._folder = tempfile.TemporaryDirectory(prefix="dlrm-torch-onnx-")
         self._source = store(spec, Path(self._folder.name), "a backend's caller", parameters.__getitem__)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
