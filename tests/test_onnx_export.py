@@ -170,8 +170,10 @@ def test_relu_gradient_is_zero_where_the_output_is_whatever_comes_back():
 
 
 def heavy(type: str) -> Case:
-    """100,000 indices into 100 rows of 64: there ScatterND(reduction=add) loses updates on two threads."""
-    rng, rows, count, width = np.random.default_rng(0), 100, 100_000, 64
+    """100,000 indices into 100 rows of 64: there ScatterND(reduction=add) loses updates on two threads. Into 1000 rows
+    for what takes a turn for each time that a row is listed."""
+    rng, count, width = np.random.default_rng(0), 100_000, 64
+    rows = 1000 if type.endswith("SparseAdagrad") else 100
     table, values = (rng.normal(size=(size, width)).astype(np.float32) for size in (rows, count))
     indices = rng.integers(0, rows, count)
     if type.startswith("SparseLengths"):
@@ -184,12 +186,16 @@ def heavy(type: str) -> Case:
         return make_case(type, [values, indices.astype(np.int32)])
     if type == "ScatterWeightedSum":
         return make_case(type, [table, np.float32([1]), indices, values, np.float32([-0.1])])
+    if type.endswith("SparseAdagrad"):
+        moment = np.zeros(rows if type.startswith("RowWise") else (rows, width), np.float32)
+        return make_case(type, [table, moment, indices, values, np.float32([-0.1])], 2, epsilon=1e-5)
     assert type == "BatchGatherGradient"
     return make_case(type, [np.zeros((width, rows), np.float32), indices, np.ascontiguousarray(values.T)])
 
 
 @pytest.mark.parametrize("type", ["SparseLengthsSum", "SparseLengthsIndicesInGradientSumGradient",
-                                  "UnsortedSegmentSum", "ScatterWeightedSum", "BatchGatherGradient"])
+                                  "UnsortedSegmentSum", "ScatterWeightedSum", "SparseAdagrad", "RowWiseSparseAdagrad",
+                                  "BatchGatherGradient"])
 def test_sums_are_the_same_in_every_run_on_two_threads(type: str):
     case = heavy(type)
     options = onnxruntime.SessionOptions()

@@ -157,6 +157,38 @@ def test_an_update_in_place_is_the_same_in_every_run(engine: OnnxEngine):
         np.testing.assert_array_equal(again, found[0])
 
 
+@pytest.mark.parametrize("type", ["SparseAdagrad", "RowWiseSparseAdagrad"])
+def test_adagrad_in_place_is_the_same_in_every_run(engine: OnnxEngine, type: str):
+    """The gradients of each row are summed first, as in training."""
+    table, indices, values, exact, gauge = heavy()
+    rowwise = type.startswith("RowWise")
+    start = {"w": table, "h": np.full(ROWS if rowwise else table.shape, 0.1, np.float32)}
+    engine.threads = 2
+    engine.feed({**start, "rate": np.float32([-0.5]), "i": indices, "g": values})
+    engine.create(NetDef(name="step", external_output=["w", "h"], op=[
+        make_operator("Unique", ["i"], ["rows", "places"]),
+        make_operator("UnsortedSegmentSum", ["g", "places"], ["sums"]),
+        make_operator(type, ["w", "h", "rows", "sums", "rate"], ["w", "h"], epsilon=1e-5)]))
+    found = []
+    for _ in range(20):
+        engine.feed(start)
+        found.append(engine.run("step", {"i": indices}, ["w", "h"]))
+    unit = 2.0**-24
+    off = np.bincount(indices).max() * unit * gauge  # of the sums
+    squares, squares_off = exact**2, 2 * abs(exact) * off + off**2
+    if rowwise:
+        squares, squares_off = squares.mean(1, keepdims=True), squares_off.mean(1, keepdims=True)
+    h = np.float32(0.1).astype(float) + squares
+    h_off = squares_off + (WIDTH + 4) * unit * h
+    step = -0.5 * exact / (np.sqrt(h) + 1e-5)
+    step_off = 0.5 * off / np.sqrt(h) + abs(step) * (h_off / (2 * h) + 8 * unit)
+    assert (abs(found[0]["w"] - (table + step)) <= step_off + unit * (abs(table) + abs(step))).all()
+    assert (abs(found[0]["h"].reshape(h.shape) - h) <= h_off).all()
+    for again in found[1:]:
+        for name in start:
+            np.testing.assert_array_equal(again[name], found[0][name])
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a race takes two cores")
 def test_the_control_is_not_the_same_in_every_run():
     """Why no export has ScatterND(reduction="add"): on these sizes it loses updates in 28 of 30 runs (1.32).
