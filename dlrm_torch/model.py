@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from dlrm_torch.embedding import EmbeddingBags
 from spec.model import ModelSpec
@@ -20,12 +19,17 @@ def untapped(name: str, x: Tensor) -> Tensor:
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid}  # relu: gradient 0 at 0, as the spec has it
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draws nothing: parameters are loaded. (`skip_init` imports a second of PyTorch's compiler for that.)"""
+
+
 class MLP(nn.ModuleList):
     """The layers of "bottom" or "top"; the top's last activation is the probability, a sigmoid."""
 
     def __init__(self, spec: ModelSpec, name: str) -> None:
         sizes = spec.layer_sizes[name]
-        super().__init__(skip_init(nn.Linear, inputs, outputs) for inputs, outputs in sizes)
+        super().__init__(Linear(inputs, outputs) for inputs, outputs in sizes)
         activation = ACTIVATIONS[getattr(spec, name).activation]
         self.activations = [(f"{name}.{layer}.activation", activation) for layer in range(len(sizes))]
         if name == "top":
