@@ -68,9 +68,9 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
             dprobability = run.tap("probability_grad", dprobability)
         dlogit = losses.dlogit(dprobability)
         used = run.tap(f"{logit}_grad", dlogit)
+        start = used if replay else _followed(dlogit, run.own(f"{logit}_grad", dlogit), same_run)
         # What next to nothing is known of, behind a saturated probability, would be a common factor of all the rest.
-        lost = C * dlogit.reach > np.abs(dlogit.value)
-        start = used if replay else _followed(dlogit, run.own(f"{logit}_grad", dlogit), same_run | lost)
+        start = Tracked(start.value, np.minimum(start.variance, (start.value / C**2) ** 2)) if engine else start
         if not replay:
             run.used |= {name: _followed(x, run.own(name, x), same_run) for name, x in run.used.items()}
         _backward(spec, parameters, batch, wide, dense, start, run)
