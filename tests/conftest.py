@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+import signal
 
 import old_onnxruntime
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from spec.threads import wait_without_spinning
 
 wait_without_spinning()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell in the background: children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
