@@ -65,12 +65,12 @@ def gradient_net(spec: ModelSpec) -> NetDef:
 def train_net(spec: ModelSpec, presorted: Collection[int] = ()) -> NetDef:
     """One step: forward, loss, gradients and update.
 
-    Of the tables in `presorted` it reads `presorted.sorted_lookups`; where the optimizer needs distinct rows, these are
-    all tables or none.
+    Of the tables in `presorted` it reads `presorted.sorted_lookups`.
     """
     net, gradients = _differentiated(spec)
-    operators, gradients = sum_by_row(spec, net.op, gradients, presorted)
-    operators += update_operators(spec, gradients, distinct=bool(presorted))
+    operators, summed = sum_by_row(spec, net.op, gradients, presorted)
+    distinct = [parameter for parameter, gradient in summed.items() if gradient != gradients[parameter]]
+    operators += update_operators(spec, summed, distinct)
     return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
 
 

@@ -1,6 +1,6 @@
 """The optimizers as operators of a train net (SPEC.md, 7). Caffe2's updates add, so the rate is negative."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -26,16 +26,16 @@ def needs_distinct_rows(spec: ModelSpec) -> bool:
 
 
 def update_operators(spec: ModelSpec, gradients: Mapping[str, str | Slice],
-                     distinct: bool = False) -> Iterator[OperatorDef]:
-    """The update of every parameter in `gradients`, in place. `distinct`: no Slice lists a row twice."""
+                     distinct: Collection[str] = ()) -> Iterator[OperatorDef]:
+    """The update of every parameter in `gradients`, in place. `distinct`: those whose Slice lists no row twice."""
     rule = _sgd if spec.optimizer.kind == "sgd" else _adagrad
     coalesced: set[str] = set()
     for parameter, gradient in gradients.items():
-        if isinstance(gradient, Slice) and needs_distinct_rows(spec) and not distinct:
+        if isinstance(gradient, Slice) and needs_distinct_rows(spec) and parameter not in distinct:
             yield from _coalesce(gradient, coalesced)
             gradient = _unique(gradient)
         update = rule(spec, parameter, gradient)
-        if isinstance(gradient, Slice) and distinct:
+        if parameter in distinct:
             update.arg.add(name="distinct_rows", i=1)
         yield update
 

@@ -60,6 +60,15 @@ def test_the_net_reads_the_sorted_lookups_and_sorts_nothing(kind):
     assert net.external_output == train_net(spec).external_output
 
 
+@pytest.mark.parametrize("kind", ["sgd", *ADAGRADS])
+def test_distinct_rows_are_promised_of_the_sorted_tables_alone(kind):
+    """A promise that is broken would lose updates in ONNX."""
+    spec = spec_of(*(Table(rows=9, pooling="weighted_learned", lookups=2) for _ in range(2))).with_optimizer(kind, 0.1)
+    promised = {operator.output[0] for operator in train_net(spec, [1]).op
+                if any(argument.name == "distinct_rows" and argument.i for argument in operator.arg)}
+    assert promised == {"tables.1.weight", "tables.1.pooling"}
+
+
 @pytest.mark.parametrize(("backend", "sorted_tables"), [
     ("ATEN", []), ("ONNX", [0, 1]), pytest.param("CAFFE2", [1], marks=pytest.mark.engine)])
 def test_sgd_needs_no_sorting_but_some_engines_are_faster_with_it(backend, sorted_tables, monkeypatch):
