@@ -82,7 +82,7 @@ def _judge_start(spec: ModelSpec, parameters: Arrays, found: Arrays) -> list[Ten
 
 def unusable(spec: ModelSpec, found: Arrays) -> list[TensorVerdict]:
     """Parameters and moments that a model should hold and does not, or as something else."""
-    problems = {name: unfit(found[name], shape) if name in found else "the backend did not return it"
+    problems = {name: unfit(found.get(name), shape)
                 for name, shape in (parameter_shapes(spec) | state_shapes(spec)).items()}
     return [missing(name, "update", problem) for name, problem in problems.items() if problem]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from conformance.case import Case
 from conformance.result import Section
-from conformance.verdict import TensorVerdict, missing, unfit
+from conformance.verdict import TensorVerdict, missing, ratio, unfit
 from spec.backend import Model
 from spec.counter import uniform
 from spec.model import ModelSpec
@@ -38,11 +38,12 @@ class _Path:
     losses: np.ndarray
     held: Arrays
 
-    def distance(self, other: "_Path", name: str, trained: np.ndarray) -> float:
+    def distance(self, other: "_Path", name: str, trained: np.ndarray | None) -> float:
         """Root of the mean square, over all steps' losses or over the `trained` elements of a tensor."""
         mine, others = (path.losses if name == "loss" else path.held[name][trained].astype(np.float64)
                         for path in (self, other))
-        return float(np.sqrt(np.mean((mine - others) ** 2)))
+        with np.errstate(invalid="ignore", over="ignore"):
+            return float(np.sqrt(np.mean((mine - others) ** 2)))
 
 
 class Ensemble:
@@ -53,7 +54,7 @@ class Ensemble:
     """
 
     def __init__(self, case: Case, optimizer: str, progress: Callable[[str], None] = lambda message: None) -> None:
-        """Raises nothing of its own. `progress` is told of each path that is about to be computed."""
+        """`progress` is told of each path that is about to be computed."""
         self._case, self._optimizer, self._spec = case, optimizer, case.under(optimizer)
         self._start = case.parameters | initial_state(self._spec)
         progress(f"{optimizer}: the reference's path")
@@ -65,7 +66,8 @@ class Ensemble:
             progress(f"{optimizer}: path {member + 1} of {MEMBERS}")
             path = _walk(self._spec, case, member)
             for name, spread in self._spread.items():
-                self._spread[name] = max(spread, path.distance(self._reference, name, self._trained.get(name)))
+                distance = path.distance(self._reference, name, self._trained.get(name))
+                self._spread[name] = float(np.maximum(spread, distance))  # unlike max, NaN where either is
 
     def judge(self, model: Model) -> Section:
         """Train a new model through all batches. Verdicts of the losses, and of each parameter and moment that the
@@ -78,20 +80,18 @@ class Ensemble:
         return section
 
     def _judge(self, name: str, path: _Path) -> TensorVerdict:
-        if name != "loss":
-            problem = (unfit(path.held[name], self._start[name].shape) if name in path.held
-                       else "the backend did not return it")
-            if problem:
-                return missing(name, "trajectory", problem)
-        trained = self._trained.get(name)
-        with np.errstate(invalid="ignore", over="ignore"):
-            distance = path.distance(self._reference, name, trained)
+        problem = "" if name == "loss" else unfit(path.held.get(name), self._start[name].shape)
         bound = REACH * self._spread[name]
+        if not np.isfinite(bound):
+            problem = "the ensemble diverges: nothing can be judged by it; use a smaller learning rate, or fewer steps"
+        if problem:
+            return missing(name, "trajectory", problem)
+        trained = self._trained.get(name)
         idle = _Path(np.full_like(path.losses, self._reference.losses[0]), self._start)
-        worst = distance / bound if np.isfinite(distance) else np.inf
-        return TensorVerdict(name, "trajectory", path.losses.size if trained is None else int(trained.sum()), worst,
-                             value=distance, bound=bound, step=len(path.losses),
-                             null_ratio=self._reference.distance(idle, name, trained) / bound)
+        distance, unmoved = (each.distance(self._reference, name, trained) for each in (path, idle))
+        return TensorVerdict(name, "trajectory", path.losses.size if trained is None else int(trained.sum()),
+                             float(ratio(distance, bound)), value=distance, bound=bound, step=len(path.losses),
+                             null_ratio=float(ratio(unmoved, bound)))
 
 
 def _walk(spec: ModelSpec, case: Case, member: int | None) -> _Path:

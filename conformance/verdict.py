@@ -106,7 +106,10 @@ class TensorVerdict:
                 f"(error / bound {self.worst:.3g}, step {self.step})")
 
 
-def missing(tensor: str, phase: str, problem: str = "the backend did not return it") -> TensorVerdict:
+_ABSENT = "the backend did not return it"
+
+
+def missing(tensor: str, phase: str, problem: str = _ABSENT) -> TensorVerdict:
     return TensorVerdict(tensor, phase, problem=problem)
 
 
@@ -172,8 +175,8 @@ def judge_update(tensor: str, before: np.ndarray, after: np.ndarray, expected: "
 
 
 def judge_fixed(tensor: str, before: np.ndarray, after: object) -> TensorVerdict:
-    """A parameter that no optimizer trains keeps its bits. `after`: None where it is missing."""
-    problem = "the backend did not return it" if after is None else unfit(after, before.shape)
+    """A parameter that no optimizer trains keeps its bits."""
+    problem = unfit(after, before.shape)
     if not problem and after.tobytes() != before.tobytes():
         problem = "changed, and is not trained"
     verdict = missing(tensor, "update", problem)
@@ -183,7 +186,9 @@ def judge_fixed(tensor: str, before: np.ndarray, after: object) -> TensorVerdict
 
 
 def unfit(value: object, shape: tuple[int, ...]) -> str:
-    """Why a value cannot be compared with a float32 tensor of this shape; empty where it can."""
+    """Why a value cannot be compared with a float32 tensor of this shape; empty where it can. None is no value."""
+    if value is None:
+        return _ABSENT
     if not isinstance(value, np.ndarray | np.generic):
         return f"expected a NumPy array, found {type(value).__name__}"
     if value.dtype == np.float32 and value.shape == shape:
