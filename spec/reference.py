@@ -68,9 +68,8 @@ def evaluate(spec: ModelSpec, parameters: Arrays, batch: Batch, gradients: bool 
             dprobability = run.tap("probability_grad", dprobability)
         dlogit = losses.dlogit(dprobability)
         used = run.tap(f"{logit}_grad", dlogit)
-        start = used if replay else _followed(dlogit, run.own(f"{logit}_grad", dlogit), same_run)
         # What next to nothing is known of, behind a saturated probability, would be a common factor of all the rest.
-        start = Tracked(start.value, np.minimum(start.variance, (start.value / C**2) ** 2)) if engine else start
+        start = used if replay else _followed(dlogit, run.own(f"{logit}_grad", dlogit), same_run, most=1 / C)
         if not replay:
             run.used |= {name: _followed(x, run.own(name, x), same_run) for name, x in run.used.items()}
         _backward(spec, parameters, batch, wide, dense, start, run)
@@ -97,8 +96,9 @@ class _Run:
         return own if isinstance(own, np.ndarray) and own.shape == expected.value.shape else None
 
 
-def _followed(expected: Tracked, engine: np.ndarray | None, exactly: bool | np.ndarray) -> Tracked:
-    """The engine's own numbers where they conform; `exactly` says which are just as they were recorded.
+def _followed(expected: Tracked, engine: np.ndarray | None, exactly: bool, most: float | None = None) -> Tracked:
+    """The engine's own numbers where they conform. `exactly`: just as they were recorded; else as far off as may be,
+    but by no more than a share of `most` of each.
 
     The errors of an activation, or of a logit's gradient, are not independent from sample to sample: where samples
     are alike, so are the errors of the functions in them. In a sum over the batch they would add up, where
@@ -107,7 +107,11 @@ def _followed(expected: Tracked, engine: np.ndarray | None, exactly: bool | np.n
     if engine is None:
         return expected
     conforms = np.abs(engine - expected.value) <= expected.reach
-    variance = np.where(exactly, np.minimum(recorded(engine).variance, expected.variance), expected.variance)
+    variance = expected.variance
+    if exactly:
+        variance = np.minimum(variance, recorded(engine).variance)
+    elif most:
+        variance = np.minimum(variance, (most / C * engine.astype(np.float64)) ** 2)
     return Tracked(np.where(conforms, engine, expected.value), np.where(conforms, variance, expected.variance))
 
 
