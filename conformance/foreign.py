@@ -8,6 +8,7 @@ import numpy as np
 from conformance.bundle import RESULTS, Bundle
 from conformance.case import Case
 from conformance.judge import judge_results, read_result
+from conformance.quota import Quota, enforce, trace_quota, training_quota
 from conformance.replay import Fault, find_faults, judge_trace
 from conformance.result import BackendResult, CaseResult, Section
 from conformance.xfail import ExpectedFailures
@@ -30,12 +31,21 @@ def run_bundle(bundle: Bundle, names: Sequence[str] = (), expected: ExpectedFail
                             cases[optimizer].get("undecided", {}))
                     for optimizer, verdicts in judgement.sections.items()]
         for section in sections:
+            enforce(section, _quota(case, section.optimizer))
             if section.optimizer is None and not all(verdict.conforms for verdict in section.tensors):
                 section.faults = _replay(bundle, folder, case)
         result = BackendResult(judgement.name, "fails", engine="results in files", sections=sections)
         result.conclude(bundle.manifest["spec"], expected or ExpectedFailures())
         results.append(result)
     return CaseResult(case, results, [])
+
+
+def _quota(case: Case, optimizer: str | None) -> Quota:
+    """A bundle asks for no prediction besides the trace's, and a sparse gradient goes by its parameter's name."""
+    quota = (training_quota(case.under(optimizer), case.batches) if optimizer
+             else trace_quota(case.spec, case.batches[0], gradients=True))
+    return quota._replace(elements={name.removesuffix("_values"): count for name, count in quota.elements.items()
+                                    if name != "predict"})
 
 
 def _replay(bundle: Bundle, folder: Path, case: Case) -> list[Fault]:

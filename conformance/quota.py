@@ -14,8 +14,8 @@ from spec.parameters import parameter_shapes, state_shapes
 from spec.shapes import activation_shapes, trace_shapes
 
 MOST_UNDECIDED = 0.01
-"""Share of a tensor's elements that may lie within reach of a kink, where either outcome is granted. On the presets it
-is below 1e-4."""
+"""Share of a tensor's elements that may lie within reach of a kink, where either outcome is granted. In the report
+of `make run` it is below 1e-4."""
 
 FEW = 4
 """As many elements may in any case: one of a bias of ten is a tenth of it."""
