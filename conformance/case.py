@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from spec.memory import check_memory
 from spec.model import ModelSpec, Optimizer
 from spec.parameters import Arrays, initial_parameters, parameter_bytes
 from spec.reference import Evaluation, evaluate
+from spec.shapes import activation_shapes
 
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer.model_fields["kind"].annotation)
 
@@ -76,12 +78,11 @@ def make_case(spec: ModelSpec, source: str = "random", seed: int = 0, batch_size
 
 
 def _sample_bytes(spec: ModelSpec) -> int:
-    """Of the reference: a value and a variance of float64, for each activation and for its gradient."""
-    numbers = sum(2 * outputs for layers in spec.layer_sizes.values() for _, outputs in layers)
-    lookups = sum(np.max(table.lookups) for table in spec.tables)
-    numbers += spec.dense_features + spec.interaction_width + spec.interacting_vectors**2
-    numbers += (2 * spec.interacting_vectors + int(lookups)) * spec.embedding_dim
-    return 2 * 2 * 8 * numbers
+    """Of the reference: a value and a variance of float64, for each activation, input and looked up row, and for its
+    gradient."""
+    lookups = sum(int(np.max(table.lookups)) for table in spec.tables)
+    numbers = sum(prod(shape) for shape in activation_shapes(spec, 1).values())
+    return 2 * 2 * 8 * (numbers + spec.dense_features + lookups * spec.embedding_dim)
 
 
 def _copies(optimizers: Sequence[str]) -> int:

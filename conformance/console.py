@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conformance.matrix import badness
+
 _STYLES = {"conforms": "green", "fails": "bold red", "missing": "yellow"}
 
 
@@ -82,7 +84,7 @@ def _print_reason(backend: dict[str, Any], console: Console) -> None:
 def _print_trajectory(backend: dict[str, Any], console: Console) -> None:
     """The tensor that strays furthest from the reference's path, over how far it may."""
     if backend["trajectories"]:
-        furthest = {section["optimizer"]: max(section["tensors"], key=lambda v: (not v["conforms"], float(v["worst"])))
+        furthest = {section["optimizer"]: max(section["tensors"], key=badness)
                     for section in backend["trajectories"]}
         told = ", ".join(f"{optimizer} {v['problem'] or _number(v['worst'])} ({v['tensor']})"
                          for optimizer, v in furthest.items())

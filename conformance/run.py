@@ -106,7 +106,9 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
     told("forward and backward" if backend.trains else "forward")
     first, *others = (case.optimizers if backend.trains else ()) or (None,)
     spec = case.under(first) if first else case.spec
-    model = recorded = Recorded(backend.create(spec, case.parameters, device))
+    model = backend.create(spec, case.parameters, device)
+    recorded = Recorded(model) if repeats else None
+    model = recorded or model
     try:
         result.engine = model.engine
         trace = model.trace(case.batches[0])
@@ -118,7 +120,7 @@ def _run_backend(case: Case, backend: Backend, device: str, result: BackendResul
             result.sections.append(_trained(case, model, first, told, most_undecided))
     finally:
         model.close()
-    if repeats:
+    if recorded:
         told("the same again")
         model = backend.create(spec, case.parameters, device)
         try:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import report as reports
 from conformance.case import make_case
@@ -22,6 +21,7 @@ from spec.errors import InputError
 from spec.files import check_writable
 from spec.model import ModelSpec
 from tools import only
+from tools.progress import progress_bar
 
 FREE_SAMPLES = 32
 """Of a batch of --trajectory: the reference trains nine times as long as each backend."""
@@ -105,10 +105,3 @@ def publish(results: Sequence[CaseResult], outputs: Outputs, expected: ExpectedF
     outputs.write(report)
     print_report(report, Console(width=None if sys.stdout.isatty() else 160, markup=False))
     return report["conforms"]
-
-
-def progress_bar() -> Progress:
-    """Drawn on stderr, and only where that is a terminal."""
-    console = Console(stderr=True)
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    console=console, transient=True, disable=not console.is_terminal)

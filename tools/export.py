@@ -12,7 +12,7 @@ from spec.errors import InputError
 from spec.exported import Source
 from spec.model import ModelSpec
 from spec.parameters import check_parameters, initial_parameter, initial_parameters, parameter_bytes, parameter_shapes
-from tools.conform import progress_bar
+from tools.progress import progress_bar
 
 GROUP = "dlrm.exporters"
 """Entry points: format name -> function (spec, parameters, folder, source) -> paths of the files; that of ONNX also

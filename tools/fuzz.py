@@ -18,7 +18,8 @@ from conformance.generate import generate
 from conformance.plain import plain
 from spec.files import check_writable, write_text
 from spec.threads import VARIABLE, core_count
-from tools.conform import find_backends, progress_bar
+from tools.conform import find_backends
+from tools.progress import progress_bar
 from tools.specs import describe
 
 FORMAT = 1

@@ -22,7 +22,8 @@ from spec.errors import EngineError
 from spec.files import check_writable, write_text
 from spec.model import ModelSpec
 from spec.parameters import initial_parameters
-from tools.conform import find_backends, progress_bar
+from tools.conform import find_backends
+from tools.progress import progress_bar
 
 PAGE = "MUTANTS.md"
 
