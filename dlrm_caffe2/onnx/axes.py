@@ -8,8 +8,8 @@ import numpy as np
 
 from dlrm_caffe2.check import operator_name
 from dlrm_caffe2.operators import Node, OperatorError, record
+from dlrm_caffe2.operators.join import piece_lengths
 from dlrm_caffe2.operators.record import TensorType
-from dlrm_caffe2.operators.shape import piece_lengths
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 

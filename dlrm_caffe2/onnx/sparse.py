@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from dlrm_caffe2.operators import Node
-from dlrm_caffe2.operators.optimizer import SPARSE_UPDATES
+from dlrm_caffe2.operators.sparse_update import SPARSE_UPDATES
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +59,7 @@ def promise_distinct(nodes: Sequence[Node]) -> list[Node]:
 
 
 def return_rows(node: Node, updates: Sequence[Rows]) -> Node:
-    """A sparse update that returns rows alone; see operators/optimizer.py."""
+    """A sparse update that returns rows alone; see operators/sparse_update.py."""
     return replace(node, outputs=(updates[0].rows, *(update.values for update in updates)))
 
 

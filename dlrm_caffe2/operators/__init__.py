@@ -6,7 +6,8 @@ from importlib import import_module
 from dlrm_caffe2.operators.record import Node, Operator, OperatorError
 from dlrm_caffe2.proto.caffe2_pb2 import OperatorDef
 
-_FAMILIES = ("dense", "lookup", "shape", "loss", "fill", "optimizer")
+_FAMILIES = ("dense", "lookup", "join", "shape", "cross_entropy", "loss", "fill", "distinct", "optimizer",
+             "sparse_update")
 
 
 @cache

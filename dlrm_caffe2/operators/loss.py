@@ -1,4 +1,4 @@
-"""From a prediction to the loss: two classes, cross-entropies, squared distance, weights, clipping, the mean."""
+"""What a loss takes besides cross-entropies: squared distance, clipping, weights, the mean."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import numpy as np
 from dlrm_caffe2.operators.lowering import function, reshaped, simple
 from dlrm_caffe2.operators.record import (
     FLOAT,
-    INT32,
     Arg,
     Gradient,
     GradientOps,
@@ -22,7 +21,6 @@ from dlrm_caffe2.operators.rules import (
     NUMERIC,
     dense,
     expect_dtype,
-    expect_indices,
     expect_rank,
     expect_shape,
     expect_size,
@@ -30,118 +28,7 @@ from dlrm_caffe2.operators.rules import (
     size,
 )
 
-LOG_FLOOR = 1e-20
-"""kLOG_THRESHOLD of Caffe2: the least probability that a logarithm is taken of."""
-
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-def _two_class_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    expect_dtype(node, inputs, FLOAT)
-    return [TensorType(FLOAT, (*inputs[0].shape, 2))]
-
-
-def _two_class_aten(node: Node, x):
-    """[1 - x, x] in a new last dimension."""
-    import torch
-
-    return torch.stack([1 - x, x], -1)
-
-
-def _two_class_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
-    dx = grad(node.inputs[0])
-    return GradientOps([gradient_operator("MakeTwoClassGradient", [dense(node, outputs[0])], [dx])], [dx])
-
-
-def _two_class_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    expect_dtype(node, inputs, FLOAT)
-    expect_rank(node, inputs, 0, 1)
-    shape = inputs[0].shape
-    node.require(shape[-1] == 2, f"expected a last dimension of 2, found {shape[-1]}")
-    return [TensorType(FLOAT, shape[:-1])]
-
-
-def _two_class_gradient_aten(node: Node, dy):
-    return dy[..., 1] - dy[..., 0]
-
-
-def _label_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    """X [N, ...], label int32 [N] or [N, 1] -> [N]."""
-    expect_dtype(node, inputs, FLOAT, at=[0])
-    expect_dtype(node, inputs, INT32, at=[1])
-    expect_rank(node, inputs, 0, 1)
-    samples = inputs[0].shape[:1]
-    if inputs[1].shape != (*samples, 1):
-        expect_shape(node, inputs, 1, samples)
-    return [TensorType(FLOAT, samples)]
-
-
-def _chosen(node: Node, x, label):
-    """X as [N, classes] and the label as int64 [N, 1], once every label is known to be a class."""
-    x_NC = x.reshape(len(x), math.prod(x.shape[1:]))
-    expect_indices(node, 1, label, x_NC.shape[1])
-    return x_NC, label.reshape(-1, 1).long()
-
-
-def _label_aten(node: Node, x, label):
-    """-log(max(p, 1e-20)) of the probability of each sample's class."""
-    x_NC, label_N1 = _chosen(node, x, label)
-    return -x_NC.gather(1, label_N1).squeeze(1).clamp_min(LOG_FLOOR).log()
-
-
-def _label_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
-    x, label = node.inputs
-    operator = gradient_operator("LabelCrossEntropyGradient", [x, label, dense(node, outputs[0])], [grad(x)])
-    return GradientOps([operator], [grad(x), None])
-
-
-def _label_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    expect_shape(node, inputs, 2, _label_infer(node, inputs[:2])[0].shape)
-    expect_dtype(node, inputs, FLOAT, at=[2])
-    return [inputs[0]]
-
-
-def _label_gradient_aten(node: Node, x, label, dy):
-    """-dY / max(p, 1e-20) at the class, 0 elsewhere. Caffe2 does not check the label here and writes outside dX."""
-    import torch
-
-    x_NC, label_N1 = _chosen(node, x, label)
-    at_label = -dy.unsqueeze(1) / x_NC.gather(1, label_N1).clamp_min(LOG_FLOOR)
-    return torch.zeros_like(x_NC).scatter_(1, label_N1, at_label).reshape(x.shape)
-
-
-def _logits_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    """x and t of one shape; the mean over the last dimension is returned. An empty one crashes Caffe2."""
-    expect_dtype(node, inputs, FLOAT)
-    expect_shape(node, inputs, 1, inputs[0].shape)
-    node.require(inputs[0].shape[-1:] != (0,), "expected a last dimension above 0")
-    return [TensorType(FLOAT, inputs[0].shape[:-1])]
-
-
-def _logits_aten(node: Node, x, t):
-    """x (1[x >= 0] - t) + log(1 + exp(-|x|)): the cross-entropy of sigmoid(x) in the form that cannot overflow."""
-    loss = x * ((x >= 0).float() - t) + (-x.abs()).exp().log1p()
-    return loss.mean(-1)
-
-
-def _logits_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
-    x, t = node.inputs
-    operator = gradient_operator("SigmoidCrossEntropyWithLogitsGradient", [dense(node, outputs[0]), x, t], [grad(x)])
-    return GradientOps([operator], [grad(x), None])
-
-
-def _logits_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
-    expect_dtype(node, inputs, FLOAT)
-    expect_shape(node, inputs, 2, inputs[1].shape)
-    node.require(inputs[1].shape[-1:] != (0,), "expected a last dimension above 0")
-    expect_size(node, inputs, 0, math.prod(inputs[1].shape[:-1]))
-    return [inputs[1]]
-
-
-def _logits_gradient_aten(node: Node, dy, x, t):
-    inner = x.shape[-1] if x.dim() else 1
-    scale = (dy / inner).reshape((*x.shape[:-1], *[1] * min(x.dim(), 1)))
-    return scale * (x.sigmoid() - t)
 
 
 def _distance_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
@@ -305,48 +192,6 @@ def _average_gradient_aten(node: Node, x, dy):
     import torch
 
     return (dy.reshape(()) / max(x.numel(), 1)).expand(x.shape).clone(memory_format=torch.contiguous_format)
-
-
-_TWO_CLASS = """
-    one = Constant<value_float = 1.0>()
-    last = Constant<value_ints = [-1]>()
-    rest = Sub(one, X)
-    first_class = Unsqueeze(rest, last)
-    second_class = Unsqueeze(X, last)
-    Y = Concat<axis = -1>(first_class, second_class)
-"""
-_OWN_CLASS = f"""
-    column = Constant<value_ints = [-1, 1]>()
-    axis = Constant<value_ints = [1]>()
-    floor = Constant<value_float = {LOG_FLOOR}>()
-    x_NC = Flatten(X)
-    label_int64 = Cast<to = 7>(label)
-    label_N1 = Reshape(label_int64, column)
-    chosen_N1 = GatherElements<axis = 1>(x_NC, label_N1)
-    probability_N1 = Max(chosen_N1, floor)
-"""
-_LABEL = f"""
-    {_OWN_CLASS}
-    probability = Squeeze(probability_N1, axis)
-    log = Log(probability)
-    Y = Neg(log)
-"""
-_LOGITS = """
-    zero = Constant<value_float = 0.0>()
-    one = Constant<value_float = 1.0>()
-    last = Constant<value_ints = [-1]>()
-    above = GreaterOrEqual(X, zero)
-    sign = Cast<to = 1>(above)
-    difference = Sub(sign, t)
-    linear = Mul(X, difference)
-    magnitude = Abs(X)
-    negative = Neg(magnitude)
-    power = Exp(negative)
-    sum = Add(one, power)
-    log = Log(sum)
-    loss = Add(linear, log)
-    Y = ReduceMean<keepdims = 0>(loss, last)
-"""
 _DISTANCE = """
     half = Constant<value_float = 0.5>()
     axis = Constant<value_ints = [1]>()
@@ -368,40 +213,6 @@ _AVERAGE = """
     divisor = Max(size, one)
     divisor_float = Cast<to = 1>(divisor)
     Y = Div(sum, divisor_float)
-"""
-
-_TWO_CLASS_GRADIENT = """
-    zero = Constant<value_int = 0>()
-    one = Constant<value_int = 1>()
-    first = Gather<axis = -1>(dY, zero)
-    second = Gather<axis = -1>(dY, one)
-    dX = Sub(second, first)
-"""
-_LABEL_GRADIENT = f"""
-    {_OWN_CLASS}
-    dy_N1 = Unsqueeze(dY, axis)
-    quotient_N1 = Div(dy_N1, probability_N1)
-    at_label_N1 = Neg(quotient_N1)
-    shape_NC = Shape(x_NC)
-    zeros_NC = ConstantOfShape(shape_NC)
-    dx_NC = ScatterElements<axis = 1>(zeros_NC, label_N1, at_label_N1)
-    {reshaped("dX", "dx_NC", "X")}
-"""
-_LOGITS_GRADIENT = """
-    one = Constant<value_float = 1.0>()
-    axis1 = Constant<value_ints = [1]>()
-    leading = Shape<end = -1>(X)
-    classes = Shape<start = -1>(X)
-    column = Concat<axis = 0>(leading, axis1)
-    dy = Reshape<allowzero = 1>(dY, column)
-    divisor = Cast<to = 1>(classes)
-    scale = Div(dy, divisor)
-    negative = Neg(X)
-    power = Exp(negative)
-    sum = Add(one, power)
-    sigmoid = Reciprocal(sum)
-    difference = Sub(sigmoid, t)
-    dX = Mul(scale, difference)
 """
 _CLIP_GRADIENT = f"""
     least = Constant<value_float: float = @min>()
@@ -429,18 +240,6 @@ _AVERAGE_GRADIENT = f"""
 _BOUNDS = {"min": Arg("f", -_LARGEST), "max": Arg("f", _LARGEST)}
 
 OPERATORS = [
-    Operator("MakeTwoClass", (1, 1), (1, 1), _two_class_infer, _two_class_aten, gradient=_two_class_gradient,
-             onnx=simple("X", _TWO_CLASS)),
-    Operator("MakeTwoClassGradient", (1, 1), (1, 1), _two_class_gradient_infer, _two_class_gradient_aten,
-             onnx=simple("dY", _TWO_CLASS_GRADIENT, outputs="dX")),
-    Operator("LabelCrossEntropy", (2, 2), (1, 1), _label_infer, _label_aten, gradient=_label_gradient,
-             onnx=simple("X, label", _LABEL)),
-    Operator("LabelCrossEntropyGradient", (3, 3), (1, 1), _label_gradient_infer, _label_gradient_aten,
-             onnx=simple("X, label, dY", _LABEL_GRADIENT, outputs="dX")),
-    Operator("SigmoidCrossEntropyWithLogits", (2, 2), (1, 1), _logits_infer, _logits_aten,
-             gradient=_logits_gradient, onnx=simple("X, t", _LOGITS)),
-    Operator("SigmoidCrossEntropyWithLogitsGradient", (3, 3), (1, 1), _logits_gradient_infer, _logits_gradient_aten,
-             onnx=simple("dY, X, t", _LOGITS_GRADIENT, outputs="dX")),
     Operator("SquaredL2Distance", (2, 2), (1, 1), _distance_infer, _distance_aten, gradient=_distance_gradient,
              onnx=simple("X, T", _DISTANCE)),
     Operator("SquaredL2DistanceGradient", (3, 3), (2, 2), _distance_gradient_infer, _distance_gradient_aten,
