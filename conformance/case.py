@@ -86,7 +86,7 @@ def _sample_bytes(spec: ModelSpec) -> int:
 
 
 def _copies(optimizers: Sequence[str]) -> int:
-    """How often the parameters are in memory at once: the case's, the model's, those before and after a step, and
-    those on their way between processes. Adagrad's state is as large as they are."""
+    """How often the parameters are in memory at once: the case's, the model's, those before and after a step that is
+    judged, after the next, and on their way between processes. Adagrad's state is as large as they are."""
     held = 2 if "adagrad" in optimizers else 1
-    return 2 + 3 * held if optimizers else 3
+    return 2 + 4 * held if optimizers else 3
