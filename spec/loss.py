@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spec import rounding
+from spec.alike import alike
 from spec.model import Loss
 from spec.rounding import FLIP, FUNCTION, ROUND, UNDERFLOW, C, Tracked, U
 
@@ -44,7 +45,7 @@ def _mean(terms: Tracked) -> Tracked:
     total = terms.value.sum()
     m = rounding.occurrences(terms.value)[:, None]
     variance = (m * terms.variance).sum() + rounding.summed(batch - 1, (terms.value**2).sum(), total)
-    variance += rounding.drift((m > 1).sum(), np.abs(terms.value).sum())
+    variance += rounding.drift(alike(terms.value), (terms.value**2).sum(), total).item()
     return Tracked(total / batch, variance / batch**2 + 2 * ROUND * (total / batch) ** 2 + UNDERFLOW**2)
 
 

@@ -5,10 +5,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from spec import rounding
+from spec.alike import Alike, alike
 from spec.rounding import ROUND, UNDERFLOW, Tracked
 
 if TYPE_CHECKING:
     from spec.model import Table
+
+
+_FEW = 16
+"""Terms: so few err no more alike than independently, for all that is granted."""
 
 
 class RowGradient(NamedTuple):
@@ -42,10 +47,12 @@ def forward(table: "Table", weight: np.ndarray, pooling: np.ndarray | None,
     n = lengths[:, None].astype(np.float64)
     y = segment_sum(terms, lengths)
     roundings = n if pooling is not None else np.maximum(n - 1, 0)
-    variance = rounding.summed(roundings, segment_sum(terms**2, lengths), y)
+    squares = segment_sum(terms**2, lengths)
+    variance = rounding.summed(roundings, squares, y)
     bag = np.repeat(np.arange(len(lengths)), lengths)
-    repeated = _occurrences(indices * len(lengths) + bag, np.ones(len(indices))) > 1
-    variance += rounding.drift(segment_sum(repeated[:, None], lengths), segment_sum(np.abs(terms), lengths))
+    m = _occurrences(indices * len(lengths) + bag, np.ones(len(indices)))[:, None]
+    like = Alike(segment_sum(m > 1, lengths), segment_sum(m * (m > 1), lengths))
+    variance += rounding.drift(like, squares, y)
     if table.pooling == "mean":
         scale = 1 / np.maximum(n, 1)
         y, variance = y * scale, variance * scale**2
@@ -109,8 +116,13 @@ def _sum_rows(row: np.ndarray, times: np.ndarray, group: np.ndarray, terms: Trac
     squares = segment_sum(times * terms.value**2, lengths)
     additions = (count - 1).reshape(-1, *(1,) * (total.ndim - 1))
     variance = segment_sum(m * times * terms.variance, lengths) + rounding.summed(additions, squares, total)
-    repeated = segment_sum(np.where(m > 1, times, 0), lengths)
-    variance += rounding.drift(repeated, segment_sum(times * np.abs(terms.value), lengths))
+    many = count > _FEW
+    if many.any():
+        heavy = np.repeat(many, lengths)
+        like = alike(np.repeat(terms.value[heavy].reshape(heavy.sum(), -1), times[heavy].ravel().astype(int), axis=0),
+                     count[many].astype(int))
+        like = Alike(*(numbers.reshape(total[many].shape) for numbers in like))
+        variance[many] += rounding.drift(like, squares[many], total[many])
     return RowGradient(rows, count, squares, Tracked(total, variance))
 
 

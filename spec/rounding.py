@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spec.alike import Alike, alike
+
 U = 2.0**-24
 """Unit roundoff of float32."""
 
@@ -90,13 +92,15 @@ def occurrences(*arrays: np.ndarray) -> np.ndarray:
     return np.bincount(groups)[groups].astype(np.float64)
 
 
-def drift(repeated: float | np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
-    """What is added to a sum's variance where `repeated` of its terms are equal to others of them.
+def drift(like: Alike, squares: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
+    """What is added to a sum's variance where terms are like others of them; `squares` and `y` as in `summed`.
 
-    A running sum rounds equal terms all the same way while it stays within one power of two. Such errors are not
-    independent: they add up as they are, each at most u times `magnitudes`, the sum of |t|. That is their reach.
+    A running sum rounds such terms all the same way while it stays within one power of two. Their errors are not
+    independent: within a group they add up as they are, each at most u times a partial sum, which is |y| or a random
+    walk; groups are independent of each other: of several, three standard deviations are granted. That is their reach.
     """
-    return (U * repeated * magnitudes / C) ** 2
+    partial = np.abs(y) + 3 * np.sqrt(squares)
+    return (U / C * partial) ** 2 * np.minimum(like.count**2, 9 * like.squares)
 
 
 def concatenate(parts: list[Tracked], axis: int) -> Tracked:
@@ -127,12 +131,14 @@ def fully_connected_gradient(x: Tracked, w: np.ndarray, dy: Tracked) -> tuple[Tr
     dy_squared = dy.value**2
     m = occurrences(dy.value, x.value)[:, None]
     dw_variance = (m * dy.variance + summed(batch, dy_squared, 0)).T @ x.value**2 + dy_squared.T @ (m * x.variance)
-    if (m > 1).any():
-        dw_variance += drift((m > 1).sum(), np.abs(dy.value).T @ np.abs(x.value))
+    of_dy, of_x = alike(dy.value), alike(x.value)  # a product is like others where both factors are
+    both = np.ix_(np.flatnonzero(of_dy.count), np.flatnonzero(of_x.count))
+    dw_variance[both] += drift(Alike(*(np.minimum(a.T, b)[both] for a, b in zip(of_dy, of_x, strict=True))),
+                               dy_squared[:, both[0][:, 0]].T @ x.value[:, both[1][0]] ** 2, dw[both])
     db = dy.value.sum(0)
     m = occurrences(dy.value)[:, None]
     db_variance = (m * dy.variance).sum(0) + summed(max(batch - 1, 0), dy_squared.sum(0), db)
-    db_variance += drift((m > 1).sum(), np.abs(dy.value).sum(0))
+    db_variance += drift(Alike(*(numbers[0] for numbers in of_dy)), dy_squared.sum(0), db)
     dx = dy.value @ w
     dx_variance = (dy.variance + summed(outputs, dy_squared, 0)) @ w**2 + summed(outputs, 0, dx)
     return (Tracked(dw, dw_variance + summed(batch, 0, dw)), Tracked(db, db_variance), Tracked(dx, dx_variance))
