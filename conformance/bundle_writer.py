@@ -29,8 +29,8 @@ MOST_SAMPLES = 64
 """A bundle's batches are cut to this size unless another is asked for."""
 
 _JUDGE = ("conformance/__init__.py", "conformance/bundle.py", "conformance/judge.py", "conformance/plain.py",
-          "conformance/verdict.py", "spec/__init__.py", "spec/errors.py", "spec/files.py", "spec/pooling.py",
-          "spec/rounding.py")
+          "conformance/verdict.py", "spec/__init__.py", "spec/alike.py", "spec/errors.py", "spec/files.py",
+          "spec/pooling.py", "spec/rounding.py")
 """All that the judge needs beside NumPy; `python BUNDLE/judge.py` runs these copies."""
 
 _JUDGE_MAIN = '''"""Judge the results beside this bundle: python judge.py --help."""
