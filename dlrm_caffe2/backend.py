@@ -60,7 +60,7 @@ class NetModel:
             raise
 
     def predict(self, batch: Batch) -> np.ndarray:
-        return self._run(predict_net, batch, ["probability"])["probability"]
+        return self._run(self._predict_net, batch, ["probability"])["probability"]
 
     def trace(self, batch: Batch) -> Arrays:
         blobs = self._run(gradient_net, batch, tuple(dict.fromkeys(self._trace_blobs.values())))
@@ -78,7 +78,7 @@ class NetModel:
     def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
         """A training step is undone afterwards, from a copy of all that it changes."""
         if not training:
-            return self._engine.profile(*self._prepare(predict_net, batch))
+            return self._engine.profile(*self._prepare(self._predict_net, batch))
         before = self._engine.fetch((*trained_parameters(self.spec), *state_shapes(self.spec)))
         name, feeds = self._prepare(self._train_net, batch)
         seconds = self._engine.profile(name, feeds)
@@ -92,6 +92,9 @@ class NetModel:
     def close(self) -> None:
         self._sorters.shutdown()
         self._engine.close()
+
+    def _predict_net(self, spec: ModelSpec) -> NetDef:
+        return self._engine.faster(predict_net(spec))
 
     def _train_net(self, spec: ModelSpec) -> NetDef:
         return self._engine.faster(train_net(spec, self._presorted))

@@ -1,5 +1,6 @@
 """Batch: the input of one step, checked before any engine sees it (SPEC.md, 2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,8 +70,13 @@ class Batch:
             if len(arrays) != len(spec.tables):
                 raise InputError(what, f"{len(spec.tables)} arrays, one for each table", len(arrays),
                                  "give every table its lookups")
+        one_hot = [number for number, table in enumerate(spec.tables) if table.fixed_lookups == 1]
+        known = one_hot and _rows_exist([self.indices[number] for number in one_hot],
+                                        [self.lengths[number] for number in one_hot],
+                                        [spec.tables[number].rows for number in one_hot], self.size)
         for number, table in enumerate(spec.tables):
-            _expect_lookups(f"tables.{number}", self.indices[number], self.lengths[number], self.size, table)
+            if not (known and table.fixed_lookups == 1):
+                _expect_lookups(f"tables.{number}", self.indices[number], self.lengths[number], self.size, table)
 
 
 def _expect(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int | str, ...]) -> None:
@@ -90,6 +96,16 @@ def _expect_labels(label: np.ndarray, soft: bool) -> None:
         sample = int(np.argwhere(bad)[0][0])
         raise InputError(f"label[{sample}, 0]", "a number in [0, 1]" if soft else "0 or 1", label[sample, 0],
                          "use another loss, or round the labels")
+
+
+def _rows_exist(indices: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rows: Sequence[int], size: int) -> bool:
+    """Whether one-hot lookups are allowed, of all their tables at once: of 26 of them a small batch is else checked for
+    as long as it is looked up."""
+    if not all(isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (size,)
+               for arrays, dtype in ((indices, _INT64), (lengths, _INT32)) for array in arrays):
+        return False
+    found = np.stack(indices).view(np.uint64).max(1)  # as unsigned numbers, negative ones are the greatest
+    return bool((np.stack(lengths) == 1).all() and (found < np.array(rows, np.uint64)).all())
 
 
 def _expect_lookups(name: str, indices: np.ndarray, lengths: np.ndarray, size: int, table: Table) -> None:

@@ -1,5 +1,6 @@
 """What a batch must be, and the one line that says why another one is not."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from spec import toml
 from spec.batch import Batch
 from spec.errors import InputError
+from spec.model import Table
 
 SPEC = toml.load("tiny")
 
@@ -136,3 +138,23 @@ def test_labels_that_a_loss_takes(loss, value):
 def test_a_batch_of_empty_bags_is_legal():
     arrays = batch().arrays() | {"tables.1.indices": np.zeros(0, np.int64), "tables.1.lengths": np.zeros(3, np.int32)}
     Batch.from_arrays(SPEC, arrays)
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (lambda i, n: (i + [0, 0, 0, 7, 0], n), "tables.1.indices[3]: expected 0 to 6, a row of the table, found 7"),
+    (lambda i, n: (i - [0, 0, 1, 0, 0], n), "tables.1.indices[2]: expected 0 to 6, a row of the table, found -1"),
+    (lambda i, n: (i, n + np.int32(1)), "tables.1.lengths[0]: expected 1, the table's fixed number of lookups"),
+    (lambda i, n: (i[:-1], n), "tables.1.lengths: expected a sum of 4, the number of indices"),
+    (lambda i, n: (i.astype(np.int32), n), "tables.1.indices: expected dtype int64"),
+    (lambda i, n: (i, n[:, None]), "tables.1.lengths: expected shape [5]"),
+    (lambda i, n: (list(i), n), "tables.1.indices: expected a NumPy array"),
+])
+def test_of_several_one_hot_tables_the_wrong_one_is_named(change, complaint):
+    """They are looked at all at once."""
+    spec = SPEC.model_copy(update={"tables": tuple(Table(rows=rows, lookups=1) for rows in (9, 7, 9))})
+    dense, label = np.ones((5, spec.dense_features), np.float32), np.ones((5, 1), np.float32)
+    rows, ones = np.zeros(5, np.int64), np.ones(5, np.int32)
+    Batch(dense, (rows, rows, rows), (ones, ones, ones), label).validate(spec)
+    wrong_rows, wrong_lengths = change(rows, ones)
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        Batch(dense, (rows, wrong_rows, rows), (ones, wrong_lengths, ones), label).validate(spec)

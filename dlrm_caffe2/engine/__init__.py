@@ -40,7 +40,7 @@ class NetEngine(Protocol):
         """Whether SGD, too, is faster with the lookups of such a table sorted beforehand (`presorted.py`)."""
 
     def faster(self, net: NetDef) -> NetDef:
-        """A net with the same result, or the same net: what this engine trains with in its place."""
+        """A net with the same result, or the same net: what this engine predicts or trains with in its place."""
 
     def close(self) -> None:
         """Free everything. Idempotent."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dlrm_caffe2.check import check_net, operator_name
+from dlrm_caffe2.engine.one_hot import without_bags
 from dlrm_caffe2.net import outside_blobs
 from dlrm_caffe2.operators import Node, Operator, OperatorError, record
 from dlrm_caffe2.operators.record import TensorType
@@ -111,7 +112,7 @@ class AtenEngine:
         return False
 
     def faster(self, net: NetDef) -> NetDef:
-        return net
+        return without_bags(net)
 
     def close(self) -> None:
         self._blobs.clear()

@@ -21,6 +21,7 @@ from google.protobuf.message import EncodeError
 from dlrm_caffe2.engine import protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
 from dlrm_caffe2.engine.faster import faster
+from dlrm_caffe2.engine.one_hot import without_bags
 from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
@@ -35,6 +36,8 @@ MEMORY = 2**26
 
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Where the system gives them on request, rows of large tables are found sooner. Older C libraries pass over it."""
+
+_DTYPES = frozenset(map(np.dtype, protocol.DTYPES))
 
 _CAUSES = {
     signal.SIGKILL: "killed from outside, perhaps for its memory: try a smaller batch, or --max-rows",
@@ -130,7 +133,7 @@ class Caffe2Engine:
         return table.fixed_lookups != 1
 
     def faster(self, net: NetDef) -> NetDef:
-        return faster(net)
+        return faster(without_bags(net))
 
     def reset(self) -> None:
         """Drop every blob and net; the worker stays."""
@@ -199,7 +202,7 @@ def _stop(process: subprocess.Popen, sock: socket.socket, log: BinaryIO) -> None
 
 def _checked(blobs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     for name, array in blobs.items():
-        if array.dtype.name not in protocol.DTYPES:
+        if array.dtype not in _DTYPES and array.dtype.name not in protocol.DTYPES:  # the former takes no time
             raise EngineError(f"genuine Caffe2: blob '{name}': expected a dtype of {', '.join(protocol.DTYPES)}, found "
                               f"{array.dtype.name}; convert it")
     return blobs
