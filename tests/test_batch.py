@@ -141,7 +141,7 @@ def test_a_batch_of_empty_bags_is_legal():
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
-    (lambda i, n: (i + [0, 0, 0, 7, 0], n), "tables.1.indices[3]: expected 0 to 6, a row of the table, found 7"),
+    (lambda i, n: (np.add(i, [0, 0, 0, 7, 0]), n), "tables.1.indices[3]: expected 0 to 6, a row of the table, found 7"),
     (lambda i, n: (i - [0, 0, 1, 0, 0], n), "tables.1.indices[2]: expected 0 to 6, a row of the table, found -1"),
     (lambda i, n: (i, n + np.int32(1)), "tables.1.lengths[0]: expected 1, the table's fixed number of lookups"),
     (lambda i, n: (i[:-1], n), "tables.1.lengths: expected a sum of 4, the number of indices"),
