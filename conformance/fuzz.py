@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from spec.errors import EngineError
 from spec.files import replacing
 from spec.parameters import initial_state
 from spec.reference import evaluate
+from spec.tamper import for_many
 from spec.update import update
 
 _LARGEST = 2.0**120
@@ -60,7 +61,13 @@ class Tally:
 
 def judge_example(example: Example, names: Sequence[str]) -> list[Outcome]:
     """Of each backend alone: an engine that refuses a spec or breaks is a finding as much as a wrong number."""
-    return [_outcome(load_backend(name), example) for name in names]
+    return [_outcome(_kept_backend(name), example) for name in names]
+
+
+@cache
+def _kept_backend(name: str) -> Backend:
+    """What takes long to start is started once in each process."""
+    return for_many(load_backend(name))
 
 
 def _outcome(backend: Backend, example: Example) -> Outcome:
@@ -117,7 +124,7 @@ def campaign(examples: Sequence[Example], names: Sequence[str], jobs: int,
 
 
 def _smallest(example: Example, name: str) -> tuple[Example, str]:
-    backend = load_backend(name)
+    backend = _kept_backend(name)
     smallest = shrink(example, lambda candidate: bool(_outcome(backend, candidate).problem))
     return smallest, _outcome(backend, smallest).problem
 

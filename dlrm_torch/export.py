@@ -13,8 +13,10 @@ import gc
 import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -73,7 +75,7 @@ def forward_model(spec: ModelSpec, source: str = "not recorded",
         lookups.append((torch.zeros(3 * (k or 2), dtype=torch.int64), torch.full((3,), k or 2, dtype=torch.int32)))
         axes.append(({0: of_batch[k] if k in of_batch else k * batch}, {0: batch}))
     inputs = [name for name in batch_names(spec) if name != "label"]
-    with _quiet(), _uncollected():
+    with _quiet(), _uncollected(), _translations_kept():
         try:
             program = torch.onnx.export(
                 module, (torch.zeros(3, spec.dense_features), lookups), dynamic_shapes=({0: batch}, axes),
@@ -241,3 +243,21 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _translations_kept() -> Iterator[None]:
+    """PyTorch reads the sources of its 500 translations at every export, a third of the time. Where this version of it
+    lets us, it does so once in a process."""
+    kept = _kept_translations()
+    with patch.object(*kept) if kept else nullcontext():
+        yield
+
+
+@cache
+def _kept_translations() -> tuple[type, str, staticmethod] | None:
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+        return ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib))
+    except (ImportError, AttributeError):
+        return None

@@ -40,3 +40,9 @@ class Tamper(Protocol):
 def find_tamper(backend: str) -> Tamper | None:
     """That of a registered backend, if it has one."""
     return next((entry.load() for entry in entry_points(group=GROUP) if entry.name == backend), None)
+
+
+def for_many(backend: Backend) -> Backend:
+    """`Tamper.for_many` of a backend that has one, else the backend itself."""
+    tamper = find_tamper(backend.name)
+    return tamper.for_many(backend) if tamper else backend

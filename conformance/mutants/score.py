@@ -11,7 +11,7 @@ from spec.backend import Backend
 from spec.errors import EngineError, InputError
 from spec.graph import steps
 from spec.model import ModelSpec
-from spec.tamper import find_tamper
+from spec.tamper import for_many
 
 STEPS = 2
 
@@ -46,7 +46,7 @@ def run_mutants(spec: ModelSpec, mutants: Sequence[Mutant], backends: Iterable[B
 
     Cases of a setting are made once.
     """
-    backends = [tamper.for_many(backend) if (tamper := find_tamper(backend.name)) else backend for backend in backends]
+    backends = [for_many(backend) for backend in backends]
 
     @cache
     def case_of(digest: str) -> Case:
