@@ -40,7 +40,7 @@ PUBLIC = {
     "conformance.junit": {"write_junit"},
     "conformance.quota": {"Quota", "enforce", "trace_quota", "training_quota"},
     "spec.shapes": {"activation_shapes", "trace_shapes"},
-    "spec.tamper": {"Change", "Tamper", "find_tamper"},
+    "spec.tamper": {"Change", "Tamper", "find_tamper", "for_many"},
     "conformance.replay": {"Fault", "find_faults", "judge_trace", "own_gradients"},
     "conformance.examine": {"Element", "Examination", "examine"},
     "conformance.report": {"as_dict", "write_json"},
