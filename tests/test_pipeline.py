@@ -13,6 +13,13 @@ def broken_after(count: int) -> Iterator[int]:
     raise ValueError("the engine died")
 
 
+def noted(made: list[int]) -> Iterator[int]:
+    """0 to 4, each put down as it is made."""
+    for number in range(5):
+        made.append(number)
+        yield number
+
+
 def test_judgements_come_in_order():
     assert list(pipelined(iter(range(5)), lambda x: x * x)) == [0, 1, 4, 9, 16]
     assert list(pipelined(iter(()), lambda x: x)) == []
@@ -31,25 +38,13 @@ def test_the_next_is_made_while_one_is_judged():
 
 def test_no_more_than_one_is_made_ahead():
     made: list[int] = []
-
-    def making() -> Iterator[int]:
-        for number in range(5):
-            made.append(number)
-            yield number
-
-    for judged in pipelined(making(), lambda x: x):
+    for judged in pipelined(noted(made), lambda x: x):
         assert made[-1] <= judged + 1
 
 
 def test_who_stops_listening_stops_the_making():
     made: list[int] = []
-
-    def making() -> Iterator[int]:
-        for number in range(5):
-            made.append(number)
-            yield number
-
-    for judged in pipelined(making(), lambda x: x):
+    for judged in pipelined(noted(made), lambda x: x):
         if judged == 1:
             break
     assert made == [0, 1, 2]
