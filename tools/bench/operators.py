@@ -31,8 +31,8 @@ CAFFE2 = {
     "optimizer": """WeightedSum ScatterWeightedSum Adagrad SparseAdagrad RowWiseSparseAdagrad Unique
         UnsortedSegmentSum""",
 }
-"""What each of Caffe2's operators is part of in our nets. Gather fetches pooling weights and one-hot rows, Sum adds the two gradients
-of the bottom MLP's output, and the gradients of Concat are Splits."""
+"""What each of Caffe2's operators is part of in our nets. Gather fetches pooling weights and one-hot rows, Sum adds the
+two gradients of the bottom MLP's output, and the gradients of Concat are Splits."""
 
 _PART = {name: part for part, names in CAFFE2.items() for name in names.split()}
 
