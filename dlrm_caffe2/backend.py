@@ -50,8 +50,9 @@ class NetModel:
         self._engine = engine
         self._nets: dict[Callable[[ModelSpec], NetDef], _Kept] = {}
         self._trace_blobs = trace_blobs(spec)
-        self._presorted = [number for number, table in enumerate(spec.tables)
-                           if needs_distinct_rows(spec) or engine.presorts(table)]
+        blocks = {number: max(engine.row_blocks(spec, number), int(needs_distinct_rows(spec)))
+                  for number in range(len(spec.tables))}
+        self._presorted = {number: count for number, count in blocks.items() if count}
         self._sorters = ThreadPoolExecutor(engine.threads)
         try:
             engine.feed(parameters | constants(spec) | initial_state(spec))
@@ -94,10 +95,10 @@ class NetModel:
         self._engine.close()
 
     def _predict_net(self, spec: ModelSpec) -> NetDef:
-        return self._engine.faster(predict_net(spec))
+        return self._engine.faster(spec, predict_net(spec))
 
     def _train_net(self, spec: ModelSpec) -> NetDef:
-        return self._engine.faster(train_net(spec, self._presorted))
+        return self._engine.faster(spec, train_net(spec, self._presorted))
 
     def _run(self, make: Callable[[ModelSpec], NetDef], batch: Batch, fetch: Sequence[str]) -> Arrays:
         name, feeds = self._prepare(make, batch)

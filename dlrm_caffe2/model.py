@@ -4,7 +4,7 @@ A step's batch is fed. Parameters, optimizer state and constants are blobs that 
 `init_net` runs, which makes them; they are external inputs of the other nets.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dlrm_caffe2.gradient import add_gradients
 from dlrm_caffe2.net import DATA_TYPES, make_operator, outside_blobs
 from dlrm_caffe2.operators.record import INT32, Slice
 from dlrm_caffe2.optimizer import optimizer_constants, update_operators
-from dlrm_caffe2.presorted import sum_by_row
+from dlrm_caffe2.presorted import update_by_row
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 from spec.errors import InputError
 from spec.model import ModelSpec
@@ -62,15 +62,14 @@ def gradient_net(spec: ModelSpec) -> NetDef:
     return _net(spec, "gradient", net.op, outputs)
 
 
-def train_net(spec: ModelSpec, presorted: Collection[int] = ()) -> NetDef:
+def train_net(spec: ModelSpec, presorted: Mapping[int, int] | None = None) -> NetDef:
     """One step: forward, loss, gradients and update.
 
-    Of the tables in `presorted` it reads `presorted.sorted_lookups`.
+    Of the tables in `presorted` it reads `presorted.sorted_lookups`, in so many blocks.
     """
     net, gradients = _differentiated(spec)
-    operators, summed = sum_by_row(spec, net.op, gradients, presorted)
-    distinct = [parameter for parameter, gradient in summed.items() if gradient != gradients[parameter]]
-    operators += update_operators(spec, summed, distinct)
+    operators, others = update_by_row(spec, net.op, gradients, presorted or {})
+    operators += update_operators(spec, others)
     return _net(spec, "train", operators, ["loss", *trained_parameters(spec), *state_shapes(spec)])
 
 

@@ -4,15 +4,18 @@ The sparse Adagrads need the gradients of a row summed. Within a net that takes 
 genuine Caffe2 are slow and single-threaded. The sorted lookups depend on the batch alone: fed with it, they turn the
 sum into one SparseLengthsSum with the roles exchanged, whose bags are the rows and whose table is the gradient. SGD
 takes them where the engine is faster so: rows in their order are found sooner in a large table.
+
+An engine may want them in blocks of rows, each summed and used up before the next, so that the sums stay in the cache.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.operators.record import Slice
+from dlrm_caffe2.optimizer import update_operators
 from dlrm_caffe2.proto.caffe2_pb2 import OperatorDef
 from spec.batch import Batch
 from spec.model import ModelSpec
@@ -21,13 +24,15 @@ from spec.parameters import Arrays
 UNIQUE, COUNTS, SAMPLES, ORDER = "unique", "counts", "samples", "order"
 
 
-def sorted_lookups(spec: ModelSpec, batch: Batch, tables: Collection[int], executor: Executor) -> Arrays:
-    """For each of these tables, blobs `tables.{t}.indices.` + :
+def sorted_lookups(spec: ModelSpec, batch: Batch, blocks: Mapping[int, int], executor: Executor) -> Arrays:
+    """For each of these tables and its blocks, 0 to `blocks[t]` - 1, blobs `tables.{t}.indices.{part}.{block}`, of part
 
     unique: int64 [U], the rows that are looked up, ascending.
     counts: int32 [U], how often each is.
     order: int32 [K], the places of the lookups of the first row, of the second, and so on, each in its own order.
     samples: int32 [K], the samples that these lookups belong to; in place of `order` where pooling is a plain sum.
+
+    A table's blocks have as many rows each, but for one, and are empty where there are not enough.
     """
     def sort(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         indices = batch.indices[number]
@@ -35,35 +40,44 @@ def sorted_lookups(spec: ModelSpec, batch: Batch, tables: Collection[int], execu
             return _sorted(indices, np.repeat(np.arange(batch.size), batch.lengths[number]), batch.size)
         return _sorted(indices, np.arange(len(indices)), len(indices))
 
-    return {_name(number, part): array
-            for number, arrays in zip(tables, executor.map(sort, tables), strict=True)
-            for part, array in zip((UNIQUE, COUNTS, _source(spec, number)), arrays, strict=True)}
+    blobs = {}
+    for number, (rows, counts, places) in zip(blocks, executor.map(sort, blocks), strict=True):
+        size = -(-len(rows) // blocks[number])
+        ends = np.append(0, counts.cumsum())
+        for block in range(blocks[number]):
+            start, end = (min(at * size, len(rows)) for at in (block, block + 1))
+            blobs[_name(number, UNIQUE, block)] = rows[start:end]
+            blobs[_name(number, COUNTS, block)] = counts[start:end]
+            blobs[_name(number, _source(spec, number), block)] = places[ends[start]:ends[end]]
+    return blobs
 
 
-def sum_by_row(spec: ModelSpec, operators: Sequence[OperatorDef], gradients: Mapping[str, str | Slice],
-               tables: Collection[int]) -> tuple[list[OperatorDef], dict[str, str | Slice]]:
-    """The operators, and the gradients that they make, each Slice of these tables with its rows distinct and ascending.
+def update_by_row(spec: ModelSpec, operators: Sequence[OperatorDef], gradients: Mapping[str, str | Slice],
+                  blocks: Mapping[int, int]) -> tuple[list[OperatorDef], dict[str, str | Slice]]:
+    """The operators with the update of these tables, and the gradients of all other parameters.
 
     The gradient of a plain sum is looked up straight from the pooled rows' gradient: the operator that copies
     it to every lookup is left out.
     """
-    operators, summed = list(operators), dict(gradients)
+    operators, others, updates = list(operators), {}, []
     for parameter, gradient in gradients.items():
-        if not isinstance(gradient, Slice) or (number := int(parameter.split(".")[1])) not in tables:
+        if not isinstance(gradient, Slice) or (number := int(parameter.split(".")[1])) not in blocks:
+            others[parameter] = gradient
             continue
         source, places = gradient.values, _source(spec, number)
         if places == SAMPLES:
             operators = [operator for operator in operators if gradient.values not in operator.output]
             source = f"tables.{number}.pooled_grad"
-        values = f"{gradient.values}_unique"
-        operators.append(make_operator("SparseLengthsSum", [source, _name(number, places), _name(number, COUNTS)],
-                                       [values]))
-        summed[parameter] = Slice(_name(number, UNIQUE), values)
-    return operators, summed
+        for block in range(blocks[number]):
+            summed = Slice(_name(number, UNIQUE, block), f"{gradient.values}_unique")
+            lookups = [_name(number, part, block) for part in (places, COUNTS)]
+            updates.append(make_operator("SparseLengthsSum", [source, *lookups], [summed.values]))
+            updates += update_operators(spec, {parameter: summed}, [parameter])
+    return operators + updates, others
 
 
-def _name(number: int, part: str) -> str:
-    return f"tables.{number}.indices.{part}"
+def _name(number: int, part: str, block: int) -> str:
+    return f"tables.{number}.indices.{part}.{block}"
 
 
 def _source(spec: ModelSpec, number: int) -> str:

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
-from spec.model import Table
+from spec.model import ModelSpec
 from spec.parameters import Arrays
 
 
@@ -36,10 +36,13 @@ class NetEngine(Protocol):
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Seconds in each operator type during one run of a kept net (which changes what the net changes)."""
 
-    def presorts(self, table: Table) -> bool:
-        """Whether SGD, too, is faster with the lookups of such a table sorted beforehand (`presorted.py`)."""
+    def row_blocks(self, spec: ModelSpec, table: int) -> int:
+        """In how many blocks it is best fed with the lookups of a table, sorted by row (`presorted.py`).
 
-    def faster(self, net: NetDef) -> NetDef:
+        0: as they are, unless the optimizer needs them sorted.
+        """
+
+    def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
         """A net with the same result, or the same net: what this engine predicts or trains with in its place."""
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from dlrm_caffe2.operators.record import TensorType
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 from spec.memory import keep_freed_memory
-from spec.model import Table
+from spec.model import ModelSpec
 from spec.parameters import Arrays
 
 
@@ -108,10 +108,10 @@ class AtenEngine:
         self._run(steps, seconds)
         return seconds
 
-    def presorts(self, table: Table) -> bool:
-        return False
+    def row_blocks(self, spec: ModelSpec, table: int) -> int:
+        return 0
 
-    def faster(self, net: NetDef) -> NetDef:
+    def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
         return without_bags(net)
 
     def close(self) -> None:

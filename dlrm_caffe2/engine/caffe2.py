@@ -12,6 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +23,11 @@ from dlrm_caffe2.engine import protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
 from dlrm_caffe2.engine.faster import faster
 from dlrm_caffe2.engine.one_hot import without_bags
+from dlrm_caffe2.engine.stages import stages
 from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
-from spec.model import Table
+from spec.model import ModelSpec
 from spec.parameters import Arrays
 from spec.threads import thread_count
 
@@ -33,6 +35,9 @@ WORKER = Path(__file__).with_name("worker.py")
 
 MEMORY = 2**26
 """Bytes that are shared with the worker: more than a batch of the paper's benchmark. Taken when they are used."""
+
+BLOCK_BYTES = 2**22
+"""Of the gradient of rows that is made and used up at a time, so that it stays in the cache."""
 
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Where the system gives them on request, rows of large tables are found sooner. Older C libraries pass over it."""
@@ -119,7 +124,8 @@ class Caffe2Engine:
         if net.type and not net.num_workers:
             net = NetDef.FromString(net.SerializeToString())
             net.num_workers = self.threads
-        self._request("create", {"": _serialized(net)}, about=f"net '{net.name}'", net=net.name)
+        parts = {part.name: _serialized(part) for part in stages(net)}
+        self._request("create", parts, about=f"net '{net.name}'", net=net.name)
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
         return self._request("run", _checked(feeds), about=f"net '{name}'", net=name, names=list(fetch))[1]
@@ -128,12 +134,16 @@ class Caffe2Engine:
         """Runs the operators one after another, whatever the type of the net."""
         return self._request("profile", _checked(feeds), about=f"net '{name}'", net=name)[0]["seconds"]
 
-    def presorts(self, table: Table) -> bool:
-        """Bags of several rows: with one row each, ScatterWeightedSum has too little to do."""
-        return table.fixed_lookups != 1
+    def row_blocks(self, spec: ModelSpec, table: int) -> int:
+        """Those with bags of several rows: with one row each, ScatterWeightedSum has too little to do."""
+        rows, lookups = spec.tables[table].rows, spec.tables[table].lookups
+        if lookups == 1:
+            return 0
+        bag = lookups if isinstance(lookups, int) else sum(lookups) / 2
+        return ceil(4 * spec.embedding_dim * min(rows, spec.batch_size * bag) / BLOCK_BYTES)
 
-    def faster(self, net: NetDef) -> NetDef:
-        return faster(without_bags(net))
+    def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
+        return faster(without_bags(net), spec.embedding_dim)
 
     def reset(self) -> None:
         """Drop every blob and net; the worker stays."""

@@ -18,7 +18,7 @@ from dlrm_caffe2.onnx.sparse import Rows, overwritable, sparse_updates
 from dlrm_caffe2.operators.lowering import OPSET
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError, InputError
-from spec.model import Table
+from spec.model import ModelSpec
 from spec.parameters import Arrays
 from spec.threads import thread_count
 
@@ -154,10 +154,10 @@ class OnnxEngine:
                     seconds[key] = seconds.get(key, 0.0) + event["dur"] * 1e-6
         return seconds
 
-    def presorts(self, table: Table) -> bool:
-        return True
+    def row_blocks(self, spec: ModelSpec, table: int) -> int:
+        return 1
 
-    def faster(self, net: NetDef) -> NetDef:
+    def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
         return net
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ class _Worker:
                               "--caffe2_mkl_num_threads=" + threads])
         self._workspace, self._proto = workspace, caffe2_pb2
         self._device = caffe2_pb2.DeviceOption().SerializeToString()  # the CPU
-        self._definitions = {}  # of kept nets, serialized
+        self._stages = {}  # of a kept net: its parts, {name: serialized}
         self._parts = {}  # of a net that was profiled: (operator type, name of a net of this operator alone)
 
     def hello(self):
@@ -99,14 +99,23 @@ class _Worker:
         return {}, {}
 
     def create(self, request, arrays):
-        definition = arrays[""].tobytes()
-        self._workspace.C.create_net(definition, False)
-        self._definitions[request["net"]] = definition
+        stages = {name: array.tobytes() for name, array in arrays.items()}
+        made = []
+        try:
+            for name, definition in stages.items():
+                self._workspace.C.create_net(definition, False)
+                made.append(name)
+        except Exception:
+            for name in made:
+                self._workspace.C.delete_net(name)
+            raise
+        self._stages[request["net"]] = stages
         return {}, {}
 
     def run(self, request, arrays):
         self.feed(request, arrays)
-        self._workspace.C.run_net(request["net"], 1, False)
+        for name in self._kept(request["net"]):
+            self._workspace.C.run_net(name, 1, False)
         return self.fetch(request, arrays)
 
     def profile(self, request, arrays):
@@ -120,22 +129,27 @@ class _Worker:
         return {"seconds": seconds}, {}
 
     def _split(self, name):
-        if name not in self._definitions:
-            raise RuntimeError("Can't find net " + name)
+        stages = self._kept(name)
         if name not in self._parts:
-            net = self._proto.NetDef.FromString(self._definitions[name])
             parts = []
-            for number, operator in enumerate(net.op):
-                part = self._proto.NetDef(name=f"{name}/profile/{number}", op=[operator])
-                part.device_option.CopyFrom(net.device_option)
-                self._workspace.C.create_net(part.SerializeToString(), False)
-                parts.append((operator.type, part.name))
+            for stage in stages.values():
+                net = self._proto.NetDef.FromString(stage)
+                for operator in net.op:
+                    part = self._proto.NetDef(name=f"{name}/profile/{len(parts)}", op=[operator])
+                    part.device_option.CopyFrom(net.device_option)
+                    self._workspace.C.create_net(part.SerializeToString(), False)
+                    parts.append((operator.type, part.name))
             self._parts[name] = parts
         return self._parts[name]
 
+    def _kept(self, name):
+        if name not in self._stages:
+            raise RuntimeError("Can't find net " + name)
+        return self._stages[name]
+
     def reset(self, request, arrays):
         self._workspace.ResetWorkspace()
-        self._definitions.clear()
+        self._stages.clear()
         self._parts.clear()
         return {}, {}
 
