@@ -47,7 +47,7 @@ def test_products_and_operators_on_tables_are_kept_apart(net):
 def test_a_training_step_of_sorted_lookups_has_three_stages():
     spec = load("paper-benchmark")
     lookups, products, updates = stages(train_net(spec, dict.fromkeys(range(8), 7)))
-    assert {operator.type for operator in lookups.op} == {"SparseLengthsSum", "ConstantFill"}
+    assert sum(operator.type == "SparseLengthsSum" for operator in lookups.op) == 8
     assert {operator.type for operator in updates.op} == {"SparseLengthsSum", "ScatterWeightedSum"}
     assert len(updates.op) == 2 * 8 * 7
     assert "FCGradient" in {operator.type for operator in products.op}
