@@ -338,8 +338,11 @@ def _gather_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 def _gather_aten(node: Node, data, indices):
     """An index in [-N, -1] counts from the end, as in Caffe2."""
     expect_indices(node, 1, indices, len(data), least=-len(data))
-    wrapped = indices.reshape(-1) % max(len(data), 1)
-    return data.index_select(0, wrapped).reshape((*indices.shape, *data.shape[1:]))
+    places = indices.reshape(-1)
+    if len(places) and bounds(indices)[0] < 0:
+        places = places % len(data)
+    rows = data.index_select(0, places)
+    return rows if indices.dim() == 1 else rows.reshape((*indices.shape, *data.shape[1:]))
 
 
 def _gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
