@@ -56,6 +56,11 @@ def make_operator(type: str, inputs: Iterable[str], outputs: Iterable[str], *, g
     return operator
 
 
+def argument(operator: OperatorDef, name: str) -> Argument:
+    """The argument of this name, or an empty one: 0, "" or no values."""
+    return next((argument for argument in operator.arg if argument.name == name), Argument())
+
+
 def outside_blobs(operators: Iterable[OperatorDef]) -> tuple[str, ...]:
     """The blobs that are read before any of the operators writes them."""
     read, written = {}, set()

@@ -103,6 +103,24 @@ def test_kept_nets_and_nets_run_once(caffe2_engine):
     assert caffe2_engine.run("relu", {}) == {}
 
 
+def test_a_net_of_stages_is_kept_whole_or_not_at_all(caffe2_engine):
+    net = NetDef(name="staged", type="dag", op=[
+        make_operator("SparseLengthsSum", ["table", "rows", "lengths"], ["x"]),
+        make_operator("FC", ["x", "w", "missing"], ["y"])])
+    caffe2_engine.feed({"table": np.eye(2, dtype=np.float32), "rows": np.array([1]), "w": np.ones((3, 2), np.float32),
+                        "lengths": np.array([1, 0], np.int32)})
+    with pytest.raises(EngineError, match="missing"):
+        caffe2_engine.create(net)
+    with pytest.raises(EngineError, match="staged"):
+        caffe2_engine.run("staged", {})
+    caffe2_engine.feed({"missing": np.array([0, 1, 2], np.float32)})
+    caffe2_engine.create(net)
+    np.testing.assert_array_equal(caffe2_engine.run("staged", {}, ["y"])["y"], [[1, 2, 3], [0, 1, 2]])
+    with pytest.raises(EngineError, match="staged"):
+        caffe2_engine.create(net)
+    assert set(caffe2_engine.profile("staged", {})) == {"SparseLengthsSum", "FC"}
+
+
 def test_the_faster_gradient_is_that_of_relu_gradient(caffe2_engine):
     """Bit by bit, at and beside the kink and for gradients without bounds."""
     extremes = np.array([0, -0.0, 1e-45, 1, np.inf, -np.inf, np.nan, -1e30], np.float32)

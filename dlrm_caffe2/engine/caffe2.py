@@ -135,7 +135,7 @@ class Caffe2Engine:
         return self._request("profile", _checked(feeds), about=f"net '{name}'", net=name)[0]["seconds"]
 
     def row_blocks(self, spec: ModelSpec, table: int) -> int:
-        """Those with bags of several rows: with one row each, ScatterWeightedSum has too little to do."""
+        """0 for one-hot tables, whose rows give ScatterWeightedSum too little to do."""
         rows, lookups = spec.tables[table].rows, spec.tables[table].lookups
         if lookups == 1:
             return 0

@@ -1,8 +1,8 @@
 """What genuine Caffe2 runs in place of operators of its own that are slow, with the same result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from dlrm_caffe2.net import make_operator
+from dlrm_caffe2.net import argument, make_operator
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 
 _ONE, _WIDTH, _EPSILON = "faster.one", "faster.width", "faster.epsilon"
@@ -20,7 +20,10 @@ def faster(net: NetDef, width: int) -> NetDef:
     """
     result = NetDef.FromString(net.SerializeToString())
     del result.op[:]
-    result.op.extend(_constants([operator for operator in net.op if _updates_table(operator)], width))
+    epsilons = [argument(operator, "epsilon").f for operator in net.op if _updates_table(operator)]
+    if epsilons:  # all the same, the optimizer's
+        result.op.extend(make_operator("ConstantFill", [], [constant], shape=[1], value=value)
+                         for constant, value in ((_ONE, 1.0), (_WIDTH, float(width)), (_EPSILON, epsilons[0])))
     for operator in net.op:
         if operator.type == "ReluGradient":
             y, dy = operator.input
@@ -34,16 +37,9 @@ def faster(net: NetDef, width: int) -> NetDef:
 
 
 def _updates_table(operator: OperatorDef) -> bool:
-    distinct = any(argument.name == "distinct_rows" and argument.i for argument in operator.arg)
-    return operator.type == "RowWiseSparseAdagrad" and distinct and operator.output[0].endswith(".weight")
-
-
-def _constants(updates: Sequence[OperatorDef], width: int) -> Iterator[OperatorDef]:
-    if not updates:
-        return
-    epsilon = next(argument.f for argument in updates[0].arg if argument.name == "epsilon")
-    for constant, value in ((_ONE, 1.0), (_WIDTH, float(width)), (_EPSILON, epsilon)):
-        yield make_operator("ConstantFill", [], [constant], shape=[1], value=value)
+    """Not a table's weights of rows, [N]: they are not `width` wide, and small."""
+    return (operator.type == "RowWiseSparseAdagrad" and operator.output[0].endswith(".weight")
+            and argument(operator, "distinct_rows").i == 1)
 
 
 def _rowwise_adagrad(operator: OperatorDef) -> Iterator[OperatorDef]:

@@ -1,6 +1,6 @@
 """Tables of which every sample looks one row up: bags of one row need not be summed."""
 
-from dlrm_caffe2.net import make_operator, outside_blobs
+from dlrm_caffe2.net import argument, make_operator, outside_blobs
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 
 _SUMS = ("SparseLengthsSum", "SparseLengthsMean")
@@ -17,7 +17,7 @@ def without_bags(net: NetDef) -> NetDef:
     for operator in net.op:
         operator = OperatorDef.FromString(operator.SerializeToString())
         operator.input[:] = [sources.get(name, name) for name in operator.input]
-        one_hot = any(argument.name == "fixed_lookups" and argument.i == 1 for argument in operator.arg)
+        one_hot = argument(operator, "fixed_lookups").i == 1
         if one_hot and operator.type in _SUMS:
             operators.append(make_operator("Gather", operator.input[:2], operator.output))
         elif one_hot and operator.type in (f"{sum.replace('Lengths', 'LengthsIndicesInGradient')}Gradient"

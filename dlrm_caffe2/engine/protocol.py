@@ -9,13 +9,13 @@ A message is a header and arrays, on a stream socket, and in memory that both si
 An array is little-endian and C-contiguous. `place` is where it begins in the shared memory, which holds one message: it
 is good until the receiver sends its own. What does not fit goes through the socket, at a fifth of the speed.
 
-The worker speaks first: {"protocol": 2, "python": "3.9.18", "pytorch": "1.10.2+cu102", "operators": 986}. Then each
+The worker speaks first: {"protocol": 3, "python": "3.9.18", "pytorch": "1.10.2+cu102", "operators": 986}. Then each
 request gets one reply. A request names what to `do`; its other fields, and its arrays:
 
     feed                      arrays: blobs to create or overwrite
     fetch     names           the reply's arrays are these blobs
     run_once  -               array "": a serialized NetDef, run and not kept
-    create    net             array "": a serialized NetDef, kept under the name `net`
+    create    net             arrays: serialized NetDefs by their names; run in their order they are the net `net`, kept
     run       net, names      arrays: blobs to feed first; the reply's arrays are the blobs in `names`, fetched last
     profile   net             arrays: blobs to feed first; the reply's `seconds` are those in each operator type
     reset     -               drop every blob and net
@@ -29,7 +29,7 @@ import struct
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool")
 """What Caffe2's FeedBlob takes."""
