@@ -104,8 +104,9 @@ def _rows_exist(indices: Sequence[np.ndarray], lengths: Sequence[np.ndarray], ro
     if not all(isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (size,)
                for arrays, dtype in ((indices, _INT64), (lengths, _INT32)) for array in arrays):
         return False
-    found = np.stack(indices).view(np.uint64).max(1)  # as unsigned numbers, negative ones are the greatest
-    return bool((np.stack(lengths) == 1).all() and (found < np.array(rows, np.uint64)).all())
+    # As unsigned numbers, negative ones are the greatest.
+    found = np.concatenate(indices).view(np.uint64).reshape(len(rows), size).max(1)
+    return bool((np.concatenate(lengths) == 1).all() and (found < np.array(rows, np.uint64)).all())
 
 
 def _expect_lookups(name: str, indices: np.ndarray, lengths: np.ndarray, size: int, table: Table) -> None:

@@ -5,6 +5,7 @@ corrupts memory, the kernels refuse.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,10 @@ class _Step:
 @dataclass
 class _Plan:
     """What is known of a net before it runs. `reads` are the blobs that it needs, `types` theirs when it ran last:
-    while they stay the same, and what steps whose sizes vary make, no step need be asked again what it accepts."""
+    while they stay the same, and what steps whose sizes vary make, no step need be asked again what it accepts.
+    Of the steps those that one kernel may take together are in one list."""
 
-    steps: list[_Step]
+    steps: list[list[_Step]]
     reads: tuple[str, ...]
     types: list | None = None
 
@@ -72,12 +74,20 @@ class AtenEngine:
         """Create or overwrite blobs (copied). Raises EngineError for a dtype that PyTorch lacks."""
         import torch
 
+        alike = defaultdict(list)
         for name, array in blobs.items():
-            copy = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+            alike[array.dtype, array.shape[1:] if array.ndim else name].append((name, array))
+        for (dtype, _), named in alike.items():
+            names, arrays = zip(*named, strict=True)
+            for name in names:  # tables may leave no room for new ones beside them
+                self._blobs.pop(name, None)
             try:
-                self._blobs[name] = torch.from_numpy(copy).to(self._device)
+                tensor = torch.from_numpy(_copied(arrays, dtype.newbyteorder("="))).to(self._device)
             except TypeError as error:
-                raise EngineError(f"blob '{name}': {error}") from None
+                raise EngineError(f"blob '{names[0]}': {error}") from None
+            # Rows of one width share a storage: an operator may then take those of all tables for those of one.
+            parts = tensor.split([len(array) for array in arrays]) if len(arrays) > 1 else (tensor,)
+            self._blobs.update(zip(names, parts, strict=True))
 
     def fetch(self, names: Sequence[str]) -> Arrays:
         """Copies of blobs. Raises EngineError for one that does not exist."""
@@ -122,7 +132,7 @@ class AtenEngine:
         nodes = check_net(net, self._blobs.keys())
         steps = [_Step(operator_name(net.name, number, node.type), node, record(node.type))
                  for number, node in enumerate(nodes)]
-        return _Plan(steps, outside_blobs(net.op))
+        return _Plan(_side_by_side(steps), outside_blobs(net.op))
 
     def _net(self, name: str) -> _Plan:
         if name not in self._nets:
@@ -136,33 +146,76 @@ class AtenEngine:
         types = [_type(self._blobs[name]) for name in plan.reads]
         known, plan.types = types == plan.types, None
         with torch.inference_mode():
-            for step in plan.steps:
+            for steps in plan.steps:
                 start = time.perf_counter()
-                try:
-                    inputs = [self._blobs[name] for name in step.node.inputs]
-                    if not known:
-                        _check(step, inputs)
-                    outputs = step.operator.aten(step.node, *inputs)
-                except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
-                    raise EngineError(f"{step.where}: {error}") from error
-                if not isinstance(outputs, tuple):
-                    outputs = (outputs,)
-                if not inputs:  # their kernels know no device
-                    outputs = tuple(tensor.to(self._device) for tensor in outputs)
-                self._blobs.update(zip(step.node.outputs, outputs, strict=True))
-                if step.sizes_vary and (made := tuple(map(_type, outputs))) != step.made:
-                    step.made, known = made, False
+                if not (known and len(steps) > 1 and self._run_together(steps)):
+                    for step in steps:
+                        known = self._run_step(step, known) and known
                 if seconds is not None:
                     self._synchronize()
-                    type = step.node.type
+                    type = steps[0].node.type
                     seconds[type] = seconds.get(type, 0.0) + time.perf_counter() - start
         plan.types = types
+
+    def _run_step(self, step: _Step, known: bool) -> bool:
+        """Asks its rule where its inputs are not `known`. False where what it made varies in size, and did."""
+        try:
+            inputs = self._inputs(step)
+            if not known:
+                _check(step, inputs)
+            outputs = step.operator.aten(step.node, *inputs)
+        except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
+            raise EngineError(f"{step.where}: {error}") from error
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        if not inputs:  # their kernels know no device
+            outputs = tuple(tensor.to(self._device) for tensor in outputs)
+        self._blobs.update(zip(step.node.outputs, outputs, strict=True))
+        if not step.sizes_vary:
+            return True
+        before, step.made = step.made, tuple(map(_type, outputs))
+        return before == step.made
+
+    def _run_together(self, steps: Sequence[_Step]) -> bool:
+        """False where their kernel does not take them."""
+        try:
+            outputs = steps[0].operator.aten_many([step.node for step in steps], list(map(self._inputs, steps)))
+        except RuntimeError as error:
+            raise EngineError(f"{steps[0].where} and the {len(steps) - 1} after it: {error}") from error
+        if outputs is None:
+            return False
+        self._blobs.update((step.node.outputs[0], output) for step, output in zip(steps, outputs, strict=True))
+        return True
+
+    def _inputs(self, step: _Step) -> tuple:
+        return tuple(self._blobs[name] for name in step.node.inputs)
 
     def _synchronize(self) -> None:
         import torch
 
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
+
+
+def _copied(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """One after the other."""
+    if len(arrays) == 1:
+        return np.array(arrays[0], dtype, order="C")
+    return np.concatenate(arrays, dtype=dtype)
+
+
+def _side_by_side(steps: Sequence[_Step]) -> list[list[_Step]]:
+    """In their order; together are neighbours of one type with a kernel for many, none of which reads another's."""
+    stretches: list[list[_Step]] = []
+    made: set[str] = set()
+    for step in steps:
+        if not (stretches and step.operator.aten_many and step.operator is stretches[-1][0].operator
+                and made.isdisjoint((*step.node.inputs, *step.node.outputs))):
+            stretches.append([])
+            made = set()
+        stretches[-1].append(step)
+        made.update(step.node.outputs)
+    return stretches
 
 
 def _type(tensor: Any) -> tuple:

@@ -38,6 +38,20 @@ def _weighted_sum_aten(node: Node, x, weight, *others):
     return total
 
 
+def _weighted_sum_many(nodes: Sequence[Node], inputs: Sequence[tuple]):
+    """Of two tensors each, the first in place, with the same weights throughout, of which the first is 1."""
+    import torch
+
+    if any(len(node.inputs) != 4 or node.outputs[0] != node.inputs[0] or node.inputs[0] == node.inputs[2]
+           or node.inputs[1::2] != nodes[0].inputs[1::2] for node in nodes):
+        return None
+    totals, weights, others, rates = zip(*inputs, strict=True)
+    if float(weights[0]) != 1 or any(x.shape != other.shape for x, other in zip(totals, others, strict=True)):
+        return None
+    torch._foreach_add_(totals, others, alpha=float(rates[0]))
+    return totals
+
+
 def _weighted_sum_onnx(node: Node, ranks: Sequence[int]) -> str:
     count = len(ranks) // 2
     body = f"{as_scalar('w0s', 'w0', ranks[1])} sum0 = Mul(X0, w0s)"
@@ -150,7 +164,7 @@ MISSPELT = ("decay_", "weight_decay_")
 
 OPERATORS = [
     Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten,
-             onnx=_weighted_sum_onnx),
+             onnx=_weighted_sum_onnx, aten_many=_weighted_sum_many),
     Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, ADAGRAD | DECAY,
              onnx=_adagrad_onnx, ignored=MISSPELT),
     Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient,

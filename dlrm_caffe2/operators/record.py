@@ -104,6 +104,10 @@ passed `infer`; checks of values (an index in range, lengths that add up) are ma
 torch is imported inside, so that nets can be built and checked without it. For an output that Caffe2 updates
 in place the kernel writes into the input tensor and returns it."""
 
+AtenMany = Callable[[Sequence[Node], Sequence[tuple]], Sequence[Any] | None]
+"""(nodes, tensors of each) -> the output of each: for operators of one output that stand side by side in a net, none of
+which reads what another makes. None where they are better run, or refused, one by one: nothing is written then."""
+
 Onnx = Callable[[Node, Sequence[int]], str]
 """(node, rank of each input) -> a model-local ONNX function that computes it, made by `lowering.function`. It checks
 no values: what the aten kernel refuses (an index out of range) ONNX runtimes may refuse, or not."""
@@ -118,7 +122,7 @@ class Operator:
         args: its arguments by name; others are an error here, though Caffe2 ignores them silently.
         ignored: arguments that Caffe2 ignores and that nets in circulation have, besides HELPERS.
         in_place: {output position: input position} of outputs that must be the very same blob.
-        infer, gradient, aten, onnx: see the aliases above; gradient None means not differentiable,
+        infer, gradient, aten, aten_many, onnx: see the aliases above; gradient None means not differentiable,
             onnx None means not exported.
     """
 
@@ -130,6 +134,7 @@ class Operator:
     args: Mapping[str, Arg] = field(default_factory=dict)
     gradient: MakeGradient | None = None
     onnx: Onnx | None = None
+    aten_many: AtenMany | None = None
     in_place: Mapping[int, int] = field(default_factory=dict)
     ignored: Collection[str] = ()
 

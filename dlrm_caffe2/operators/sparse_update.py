@@ -23,6 +23,7 @@ from dlrm_caffe2.operators.rules import (
     expect_size,
 )
 from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS, as_matrix, bag_sums
+from dlrm_caffe2.operators.storage import joined_lookup
 
 
 def _occurrences(indices) -> Iterator:
@@ -69,6 +70,22 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     # Scaled first: index_add_ is several times slower with an alpha of its own.
     x.view(x.shape[0], -1).index_add_(0, indices, (x1 * float(w1)).reshape(indices.shape[0], -1))
     return x
+
+
+def _scatter_many(nodes: Sequence[Node], inputs: Sequence[tuple]):
+    """Of updates with the same weights alone, and w0 = 1."""
+    import torch
+
+    tables, kept, indices, values, weights = zip(*inputs, strict=True)
+    if float(kept[0]) != 1 or any(node.inputs[1::3] != nodes[0].inputs[1::3] for node in nodes):
+        return None
+    found = joined_lookup(tables, indices)
+    if found is None:
+        return None
+    storage, rows = found
+    steps = torch.cat(values).mul_(float(weights[0]))
+    storage.view(storage.shape[0], -1).index_add_(0, rows.long(), steps.view(rows.shape[0], -1))
+    return tables
 
 
 def _scatter_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -232,7 +249,7 @@ _BOTH = {0: 0, 1: 1}
 
 OPERATORS = [
     Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, _DISTINCT,
-             onnx=_scatter_onnx, in_place={0: 0}),
+             onnx=_scatter_onnx, in_place={0: 0}, aten_many=_scatter_many),
     Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
              ADAGRAD | DECAY | _DISTINCT, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=MISSPELT),
     Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),
