@@ -9,14 +9,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dlrm_torch.backend import BACKEND
 from dlrm_torch.baselines import FBGEMM, PLAIN
+from dlrm_torch.floor import FLOOR
 from spec import toml
 from spec.data import open_batches
 from spec.errors import InputError
 from spec.parameters import initial_parameters
 from tools import facebookresearch_bench as tool
+from tools.bench.floor import flop
 from tools.bench.group import Timing
 from tools.facebookresearch_gate import Gate
 
@@ -106,3 +110,20 @@ def test_baselines_refuse_what_they_do_not_have():
     spec = toml.load("tiny")
     with pytest.raises(InputError, match="sum pooling"):
         PLAIN.create(spec, initial_parameters(spec))
+
+
+@pytest.mark.parametrize("preset", ["paper-benchmark", "criteo-kaggle"])
+def test_the_floor_multiplies_what_a_step_does_and_writes_every_row_back(preset: str, monkeypatch: pytest.MonkeyPatch):
+    spec = toml.load(preset).capped(50)
+    parameters = initial_parameters(spec)
+    model, batch = FLOOR.create(spec, parameters), next(open_batches("random", spec, 16))
+    for training in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            (model.train_step if training else model.predict)(batch)
+        assert counter.get_total_flops() == flop(spec, 16, training)
+    storage = model._tables.shared("weight").zero_()
+    model._zeros = torch.ones(7, spec.embedding_dim)  # in many blocks
+    model.train_step(batch)
+    looked_up = np.concatenate([np.isin(np.arange(table.rows), indices)
+                                for table, indices in zip(spec.tables, batch.indices, strict=True)])
+    np.testing.assert_array_equal(storage.numpy(), np.repeat(looked_up[:, None], spec.embedding_dim, 1))

@@ -7,8 +7,8 @@ Each duel is one run: processes that hold the same model, turn by turn as in `dl
 random data of the same sizes. The scripts are timed by their own --print-time, which leaves out their data; ours by the
 whole of `train_step`, which takes a batch as NumPy arrays. dlrm_s_pytorch.py runs under this Python and its PyTorch,
 dlrm_s_caffe2.py under that of genuine Caffe2, as it is and with MKL_DEBUG_CPU_TYPE=5, with the net type of their own
-bench/dlrm_s_benchmark.sh (async_scheduling) and without. The baselines are those of dlrm_torch/baselines.py. Of several
-opponents that a target names, the fastest counts.
+bench/dlrm_s_benchmark.sh (async_scheduling) and without. The baselines are those of dlrm_torch/baselines.py, the floor
+is that of dlrm_torch/floor.py. Of several opponents that a target names, the fastest counts.
 
 Full-size tables take 2 GB in each process; --max-rows caps them. Exit status: 0 every target is met, 1 some are not, 2
 the checkout or an engine is bad.
@@ -49,7 +49,8 @@ MKL = {"MKL_DEBUG_CPU_TYPE": "5"}
 ITERATIONS = 1_000_000
 """More than any run takes; the scripts draw each batch when they get there."""
 
-BASELINES = {"plain": "dlrm_torch.baselines:PLAIN", "fbgemm": "dlrm_torch.baselines:FBGEMM"}
+BASELINES = {"plain": "dlrm_torch.baselines:PLAIN", "fbgemm": "dlrm_torch.baselines:FBGEMM",
+             "floor": "dlrm_torch.floor:FLOOR"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Duel:
-    """One interleaved run: everyone that its targets name."""
+    """One interleaved run: everyone that its targets name, and the floor, which says what could be reached at all."""
 
     preset: str
     batch_size: int
@@ -91,7 +92,8 @@ class Duel:
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for target in self.targets for name in (target.ours, *target.opponents)))
+        named = (name for target in self.targets for name in (target.ours, *target.opponents))
+        return list(dict.fromkeys([*named, "floor"]))
 
 
 AS_IS, WITH_MKL = ("their Caffe2", "their Caffe2, async"), ("their Caffe2, MKL", "their Caffe2, MKL, async")
@@ -99,7 +101,7 @@ AS_IS, WITH_MKL = ("their Caffe2", "their Caffe2, async"), ("their Caffe2, MKL",
 DUELS = {
     "paper-torch": Duel("paper-benchmark", 2048, (
         Target("torch", ("their PyTorch",), 0.60), Target("torch", ("plain",), 0.92),
-        Target("caffe2-aten", ("torch",), 1.15))),
+        Target("caffe2-aten", ("torch",), 1.15), Target("torch", ("floor",), 1.25))),
     "paper-caffe2": Duel("paper-benchmark", 2048, (
         Target("caffe2", AS_IS, 0.33), Target("caffe2", WITH_MKL, 0.75))),
     "paper-rowwise-torch": Duel("paper-benchmark", 2048, (Target("torch", ("fbgemm",), 0.75),), "rowwise_adagrad"),
@@ -149,8 +151,8 @@ def _contestant(name: str, group: Group, share: Share, checkout: Path, pythons: 
     if name not in THEIRS:
         path = BASELINES.get(name, name)
         process = stack.enter_context(WorkerProcess(name, group.threads))
-        backend = load_backend(path)
-        timing = load_worker(group, path, backend, process, share, None if name in BASELINES else Judged(), 0, tell)
+        judged = None if name in BASELINES else Judged()
+        timing = load_worker(group, path, load_backend(path), process, share, judged, 0, tell, name != "floor")
         timing.backend = name
         return Contestant(process, timing)
     theirs = THEIRS[name]

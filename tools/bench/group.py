@@ -122,10 +122,10 @@ def _missing(backend: Backend) -> Timing:
 
 
 def load_worker(group: Group, name: str, backend: Backend, process: WorkerProcess, share: Share, judged: Judged | None,
-                seed: int, progress: Progress) -> Timing:
+                seed: int, progress: Progress, verified: bool = True) -> Timing:
     """Judge the backend, load the model into its process, and verify a prediction. "timed": it may be.
 
-    Without `judged` the prediction alone is held against the reference.
+    Without `judged` the prediction alone is held against the reference; what is not `verified` either predicts nothing.
     """
     timing = Timing(backend.name)
     spec, sizes = group.spec, sorted({setting.batch_size for setting in group.settings})
@@ -145,7 +145,7 @@ def load_worker(group: Group, name: str, backend: Backend, process: WorkerProces
             timing.status, timing.remedy = "fails", "ask for no more threads than there are cores"
             timing.reason = f"{group.threads} threads were asked for, and its engine has {loaded['threads']}"
             return timing
-        for size in sizes:
+        for size in sizes if verified else ():
             wrong = process.ask("verify", batches=share.batches(size)[:1], expected=share.expected(size))["wrong"]
             if wrong:
                 timing.status, timing.reason = "does not conform", f"batch of {size}: {wrong}"
