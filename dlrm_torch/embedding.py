@@ -75,17 +75,17 @@ class EmbeddingBags(nn.ModuleList):
         # Half the bytes to sort, where they suffice.
         self._index_dtype = torch.int32 if self.rows < 2**31 else torch.int64
 
-    def forward(self, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, indices: Sequence[Tensor], lengths: Sequence[Tensor | None]) -> list[Tensor]:
         """Pooled rows, for each table [B, E]; an empty bag gives zeros.
 
         Args:
             indices: for each table int64 [sum of lengths], sample by sample. Unchecked, unlike those of a `Batch`: a
                 row beyond a table's last is one of the next table.
-            lengths: for each table int32 [B].
+            lengths: for each table int32 [B]; None will do where each bag holds one row.
         """
         return self.pool(self.lookups(indices, lengths))
 
-    def lookups(self, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> list[Lookups]:
+    def lookups(self, indices: Sequence[Tensor], lengths: Sequence[Tensor | None]) -> list[Lookups]:
         """Of each group, what it looks up in the storage."""
         return [self._lookups(group, indices, lengths) for group in self.groups]
 
@@ -144,7 +144,7 @@ class EmbeddingBags(nn.ModuleList):
                 its = slice(ends[number], ends[number + 1])
                 yield gradient.rows[its] - self.first[number], values[its]
 
-    def _lookups(self, group: Group, indices: Sequence[Tensor], lengths: Sequence[Tensor]) -> Lookups:
+    def _lookups(self, group: Group, indices: Sequence[Tensor], lengths: Sequence[Tensor | None]) -> Lookups:
         its = [indices[number] for number in group.tables]
         rows = torch.cat(its).to(self._index_dtype)
         if group.one_hot:

@@ -1,18 +1,19 @@
 """What runs the modules: eager PyTorch, one model resident in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_torch.inputs import Inputs, inputs_from, tensor_from
 from dlrm_torch.loss import mean_loss
 from dlrm_torch.model import DLRM, Tap, untapped
 from dlrm_torch.names import module_names
 from dlrm_torch.optimizer import Optimizer
 from dlrm_torch.profile import Stopwatch
+from dlrm_torch.step import TrainStep
 from spec.batch import Batch
 from spec.memory import keep_freed_memory
 from spec.model import ModelSpec
@@ -20,28 +21,9 @@ from spec.parameters import Arrays, check_parameters, is_sparse, trained_paramet
 from spec.tensors import activation_gradients, slice_names, trace_names
 
 
-class Inputs(NamedTuple):
-    """A Batch as tensors: dense [B, D], for each table indices and lengths, label [B, 1]."""
-
-    dense: Tensor
-    indices: list[Tensor]
-    lengths: list[Tensor]
-    label: Tensor
-
-
-def inputs_from(batch: Batch, device: str = "cpu") -> Inputs:
-    """The batch's own memory where PyTorch can use it as it is."""
-    return Inputs(_tensor(batch.dense, device), [_tensor(array, device) for array in batch.indices],
-                  [_tensor(array, device) for array in batch.lengths], _tensor(batch.label, device))
-
-
 def evaluate(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> Tensor:
     """The loss, shape ()."""
-    return _loss(model, inputs, model.tables(inputs.indices, inputs.lengths), tap)
-
-
-def _loss(model: DLRM, inputs: Inputs, pooled: Sequence[Tensor], tap: Tap) -> Tensor:
-    logit, probability = model.outputs(inputs.dense, pooled, tap)
+    logit, probability = model.outputs(inputs.dense, model.tables(inputs.indices, inputs.lengths), tap)
     return tap("loss", mean_loss(model.spec.loss, logit, probability, inputs.label))
 
 
@@ -74,10 +56,12 @@ class TorchModel:
         keep_freed_memory()
         self.spec, self.device = spec, device
         self.module = DLRM(spec)
-        self.module.load_state_dict({name: _tensor(array, "cpu") for name, array in parameters.items()})
+        self.module.load_state_dict({name: tensor_from(array, "cpu") for name, array in parameters.items()})
         self.module.to(device)
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._optimizer = Optimizer(self.module)
+        self._step = TrainStep(self.module, self._optimizer)
+        self._one_hot = {number for group in self.module.tables.groups if group.one_hot for number in group.tables}
         self.threads = torch.get_num_threads()
         self.engine = f"PyTorch {torch.__version__} eager, {device}, {self.threads} threads"
 
@@ -104,7 +88,7 @@ class TorchModel:
         stopwatch = Stopwatch(self.device)
         if training:
             with self._undone(inputs), stopwatch:
-                self._step(inputs, stopwatch.tap)
+                self._step(inputs, stopwatch.mark)
         else:
             with torch.inference_mode(), stopwatch:
                 pooled = self.module.tables(inputs.indices, inputs.lengths)
@@ -116,24 +100,12 @@ class TorchModel:
         return module_names(self.spec)
 
     def close(self) -> None:
-        self.module = self._optimizer = None
+        self.module = self._optimizer = self._step = None
         self._trained = {}
 
     def _inputs(self, batch: Batch) -> Inputs:
         batch.validate(self.spec)
-        return inputs_from(batch, self.device)
-
-    def _step(self, inputs: Inputs, tap: Tap = untapped) -> float:
-        """Autograd begins and ends at the pooled rows: the gradient of the tables is fused with their update."""
-        tables = self.module.tables
-        lookups = tables.lookups(inputs.indices, inputs.lengths)
-        with torch.no_grad():
-            pooled = tables.pool(lookups)
-        loss = _loss(self.module, inputs, [x.requires_grad_() for x in pooled], tap)
-        gradients = torch.autograd.grad(loss, [*pooled, *self._optimizer.dense.values()])
-        pooled_gradients = [torch.cat([gradients[number] for number in group.tables]) for group in tables.groups]
-        self._optimizer.step(gradients[len(pooled):], lookups, pooled_gradients)
-        return loss.item()
+        return inputs_from(batch, self.device, self._one_hot)
 
     @contextmanager
     def _undone(self, inputs: Inputs) -> Iterator[None]:
@@ -148,12 +120,6 @@ class TorchModel:
         finally:
             for tensor, part, before in saved:
                 tensor[part] = before
-
-
-def _tensor(array: np.ndarray, device: str) -> Tensor:
-    if not (array.flags.c_contiguous and array.flags.writeable):
-        array = array.copy()
-    return torch.from_numpy(array).to(device)
 
 
 def _array(x: Tensor) -> np.ndarray:

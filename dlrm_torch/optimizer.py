@@ -30,13 +30,12 @@ class Optimizer:
         self._sgd = spec.optimizer.kind == "sgd"
         trained = set(trained_parameters(spec))
         self.dense = {name: p for name, p in model.named_parameters() if name in trained and not is_sparse(name)}
-        self._dense = [parameter.detach() for parameter in self.dense.values()]
         self.state: dict[str, Tensor] = {}
         self._row_moments: dict[str, Tensor] = {}
         if self._sgd:
             return
-        self.state = {moment_name(name): torch.zeros_like(w) for name, w in zip(self.dense, self._dense, strict=True)}
-        self._moments = list(self.state.values())
+        self._moments = {w: torch.zeros_like(w, requires_grad=False) for w in self.dense.values()}
+        self.state = {moment_name(name): self._moments[w] for name, w in self.dense.items()}
         for part in ("weight", "pooling"):
             names = [f"tables.{number}.{part}" for number in range(len(self._tables))]
             if trained.isdisjoint(names):
@@ -50,17 +49,33 @@ class Optimizer:
 
     def step(self, dense_gradients: Sequence[Tensor], lookups: Sequence[Lookups],
              pooled_gradients: Sequence[Tensor]) -> None:
-        """One update of every parameter, and of no other row of a table than those looked up.
+        """One update of every parameter: `update` with the gradients of `dense`, in its order, and `update_tables`."""
+        self.update(list(self.dense.values()), dense_gradients)
+        self.update_tables(lookups, pooled_gradients)
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Of some of `dense`."""
+        if self._sgd:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.add_(gradient, alpha=-self.rate)
+            return
+        moments = [self._moments[parameter] for parameter in parameters]
+        torch._foreach_addcmul_(moments, gradients, gradients)
+        roots = torch._foreach_sqrt(moments)
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_addcdiv_(parameters, gradients, roots, value=-self.rate)
+
+    def update_tables(self, lookups: Sequence[Lookups], pooled_gradients: Sequence[Tensor]) -> None:
+        """Of no other row than those looked up.
 
         Args:
-            dense_gradients: of `dense`, in its order.
             lookups: of each group of tables (`EmbeddingBags.lookups`).
-            pooled_gradients: of what each group pooled, [bags, E].
+            pooled_gradients: of what each group pooled, [bags, E]; they are overwritten.
         """
-        self._update(dense_gradients)
         for group, its, gradient in zip(self._tables.groups, lookups, pooled_gradients, strict=True):
             if self._sgd:
-                gradient = gradient * -self.rate  # of fewer numbers than the rows' gradient has
+                gradient.mul_(-self.rate)  # of fewer numbers than the rows' gradient has
                 if its.lengths is None and not group.weighted:
                     # Nothing is saved by summing a row's occurrences first: none was multiplied into many rows.
                     self._tables.shared("weight").index_add_(0, its.rows.long(), gradient)
@@ -69,15 +84,6 @@ class Optimizer:
             for block in its.row_gradient_blocks(gradient, size):
                 for part, values in self._tables.gradients(group, block).items():
                     self._update_rows(part, block.rows, values)
-
-    def _update(self, gradients: Sequence[Tensor]) -> None:
-        if self._sgd:
-            torch._foreach_add_(self._dense, gradients, alpha=-self.rate)
-            return
-        torch._foreach_addcmul_(self._moments, gradients, gradients)
-        roots = torch._foreach_sqrt(self._moments)
-        torch._foreach_add_(roots, self.eps)
-        torch._foreach_addcdiv_(self._dense, gradients, roots, value=-self.rate)
 
     def _update_rows(self, part: str, rows: Tensor, values: Tensor) -> None:
         """`values` [U, ...] is the whole gradient of the distinct `rows` [U], under SGD the step; it is overwritten."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlrm_torch.engine import TorchModel
+from dlrm_torch.step import AutogradStep
 from spec.backend import Availability, Backend
 from spec.batch import Batch
 from spec.model import ModelSpec
@@ -59,6 +60,7 @@ class _Fault:
         self.parameters = dict(model.module.named_parameters())
         self.inputs, self.outputs = model._inputs, model.module.outputs
         model._inputs, model.module.outputs = self.see_batch, self.tapped
+        model._step = AutogradStep(model.module, model._optimizer)
         parameter = change.tensor.partition("_grad")[0]
         if parameter in self.parameters:
             self.parameters[parameter].register_hook(self.change_parameter_gradient)

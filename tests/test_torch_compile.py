@@ -41,4 +41,8 @@ def test_it_is_compiled_and_conforms():
     other = make_case(load("tiny"), steps=1, batch_size=20).batches[0]
     eager = load_backend("torch").create(case.spec, case.parameters)
     assert np.abs(model.predict(other) - eager.predict(other)).max() < 1e-6
+    before = model.parameters()
+    assert set(model.profile(other, training=False)) == {"embedding", "compiled/forward"}
+    assert set(model.profile(other)) == {"embedding", "compiled/forward", "loss", "compiled/backward", "optimizer"}
+    assert all(np.array_equal(before[name], array) for name, array in model.parameters().items())
     assert counters["stats"]["unique_graphs"] == 9

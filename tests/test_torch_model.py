@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_torch.engine import Inputs, evaluate, inputs_from, trace
+from dlrm_torch.engine import evaluate, trace
+from dlrm_torch.inputs import Inputs, inputs_from
 from dlrm_torch.model import DLRM
+from dlrm_torch.optimizer import Optimizer
+from dlrm_torch.step import AutogradStep, TrainStep
 from spec.data.random import random_batch
 from spec.model import ModelSpec
 from spec.parameters import initial_parameters, is_sparse, parameter_shapes, trained_parameters
@@ -159,3 +162,20 @@ def test_the_clipped_cases_have_samples_on_either_side_of_the_bound(name):
     traced = trace(*make(CASES[name])[1:])
     clipped = traced["probability_grad"] == 0
     assert clipped.any() and not clipped.all()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_written_out_is_autograds(name: str, kind: str):
+    """In float64, over several steps: what is left of their difference is rounding."""
+    after = []
+    for step in (TrainStep, AutogradStep):
+        _, model, inputs = make(CASES[name] | {"optimizer": {"kind": kind, "learning_rate": 0.1}})
+        optimizer = Optimizer(model)
+        take = step(model, optimizer)
+        losses = [take(inputs) for _ in range(3)]
+        after.append({"loss": np.array(losses)} | {name: x.numpy() for name, x in (
+            model.state_dict() | optimizer.state).items()})
+    assert after[0]["loss"][0] != after[0]["loss"][1]
+    for name, array in after[0].items():
+        np.testing.assert_allclose(array, after[1][name], rtol=1e-9, atol=1e-12, err_msg=name)
