@@ -168,9 +168,8 @@ class AtenEngine:
             raise EngineError(f"{step.where}: {error}") from error
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        if not inputs:  # their kernels know no device
-            outputs = tuple(tensor.to(self._device) for tensor in outputs)
-        self._blobs.update(zip(step.node.outputs, outputs, strict=True))
+        for name, output in zip(step.node.outputs, outputs, strict=True):
+            self._blobs[name] = output if inputs else output.to(self._device)  # kernels without inputs know no device
         if not step.sizes_vary:
             return True
         before, step.made = step.made, tuple(map(_type, outputs))
@@ -184,11 +183,12 @@ class AtenEngine:
             raise EngineError(f"{steps[0].where} and the {len(steps) - 1} after it: {error}") from error
         if outputs is None:
             return False
-        self._blobs.update((step.node.outputs[0], output) for step, output in zip(steps, outputs, strict=True))
+        for step, output in zip(steps, outputs, strict=True):
+            self._blobs[step.node.outputs[0]] = output
         return True
 
-    def _inputs(self, step: _Step) -> tuple:
-        return tuple(self._blobs[name] for name in step.node.inputs)
+    def _inputs(self, step: _Step) -> list:
+        return [self._blobs[name] for name in step.node.inputs]
 
     def _synchronize(self) -> None:
         import torch

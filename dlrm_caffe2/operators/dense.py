@@ -41,6 +41,8 @@ def _fc_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 
 def _matrix(x, axis: int):
     """Flatten to two dimensions; sizes of 0 allowed."""
+    if axis == 1 and x.dim() == 2:
+        return x
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
@@ -48,7 +50,8 @@ def _fc_aten(node: Node, x, w, b):
     import torch
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
-    return torch.addmm(b, x_MK, w_NK.T).reshape(*x.shape[:node.args["axis"]], b.shape[0])
+    y_MN = torch.addmm(b, x_MK, w_NK.T)
+    return y_MN if x_MK is x else y_MN.reshape(*x.shape[:node.args["axis"]], b.shape[0])
 
 
 def _fc_onnx(node: Node, ranks: Sequence[int]) -> str:

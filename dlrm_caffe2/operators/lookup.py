@@ -346,7 +346,7 @@ def _gather_aten(node: Node, data, indices):
     return rows if indices.dim() == 1 else rows.reshape((*indices.shape, *data.shape[1:]))
 
 
-def _gather_many(nodes: Sequence[Node], inputs: Sequence[tuple]):
+def _gather_many(nodes: Sequence[Node], inputs: Sequence[list]):
     data, indices = zip(*inputs, strict=True)
     found = joined_lookup(data, indices)
     if found is None:

@@ -38,7 +38,7 @@ def _weighted_sum_aten(node: Node, x, weight, *others):
     return total
 
 
-def _weighted_sum_many(nodes: Sequence[Node], inputs: Sequence[tuple]):
+def _weighted_sum_many(nodes: Sequence[Node], inputs: Sequence[list]):
     """Of two tensors each, the first in place, with the same weights throughout, of which the first is 1."""
     import torch
 

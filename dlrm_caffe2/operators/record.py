@@ -104,7 +104,7 @@ passed `infer`; checks of values (an index in range, lengths that add up) are ma
 torch is imported inside, so that nets can be built and checked without it. For an output that Caffe2 updates
 in place the kernel writes into the input tensor and returns it."""
 
-AtenMany = Callable[[Sequence[Node], Sequence[tuple]], Sequence[Any] | None]
+AtenMany = Callable[[Sequence[Node], Sequence[list]], Sequence[Any] | None]
 """(nodes, tensors of each) -> the output of each: for operators of one output that stand side by side in a net, none of
 which reads what another makes. None where they are better run, or refused, one by one: nothing is written then."""
 

@@ -72,7 +72,7 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     return x
 
 
-def _scatter_many(nodes: Sequence[Node], inputs: Sequence[tuple]):
+def _scatter_many(nodes: Sequence[Node], inputs: Sequence[list]):
     """Of updates with the same weights alone, and w0 = 1."""
     import torch
 
