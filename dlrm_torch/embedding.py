@@ -116,9 +116,10 @@ class EmbeddingBags(nn.ModuleList):
         fits = start >= 0 and (start + self.rows * width) * item <= parameter.untyped_storage().nbytes()
         if not fits or any(other.data_ptr() != base + at * width * item or not other.is_contiguous()
                            for at, other in found):
-            storage = parameter.new_empty(shape)
-            for at, other in found:
-                other.data = storage[at:at + len(other)].copy_(other.detach())
+            with torch.inference_mode(False):  # they are to be trained later, whoever asks first
+                storage = parameter.detach().new_empty(shape)
+                for at, other in found:
+                    other.data = storage[at:at + len(other)].copy_(other.detach())
             return storage
         return parameter.detach().as_strided((self.rows * width,), (1,), start).view(shape)
 

@@ -35,7 +35,7 @@ class TrainStep:
 
     def __init__(self, model: DLRM, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self._bottom, top = _hidden(model.bottom), _hidden(model.top)
+        self._bottom, top = _layers(model.bottom), _layers(model.top)
         self._top, (self._last, _) = top[:-1], top[-1]
         self._interaction = _Dot(model) if model.spec.pairs else _Cat(model)
         first_row = model.tables.first_row
@@ -129,7 +129,7 @@ class AutogradStep:
 _Layers = Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]]
 
 
-def _hidden(mlp: MLP) -> _Layers:
+def _layers(mlp: MLP) -> _Layers:
     return [(linear, activation) for linear, (_, activation) in zip(mlp, mlp.activations, strict=True)]
 
 

@@ -175,6 +175,13 @@ def test_a_table_of_one_row_with_odd_strides_finds_its_place():
     assert bags.shared("weight")[:, 0].tolist() == [0, 1, 1, 2]
 
 
+def test_tables_that_moved_can_be_trained_whoever_looks_first():
+    bags = moved(make(("sum", 1), ("sum", 2)))
+    with torch.inference_mode():
+        bags.shared("weight")
+    assert not any(parameter.is_inference() for parameter in bags.parameters())
+
+
 def test_a_copy_shares_nothing_with_its_original():
     bags = make(("sum", 1), ("sum", 2))
     twin = copy.deepcopy(bags)
