@@ -102,7 +102,7 @@ class TrainStep:
 
 
 class AutogradStep:
-    """The same by autograd, from the pooled rows on, for modules that are compiled or tampered with."""
+    """The same by autograd, from the pooled rows on, for modules that are compiled, tampered with, or have hooks."""
 
     def __init__(self, model: DLRM, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer

@@ -3,6 +3,7 @@
 import torch
 
 from dlrm_torch.backend import BACKEND
+from dlrm_torch.step import AutogradStep
 from spec.backend import Availability
 
 
@@ -19,6 +20,7 @@ class Faulty:
 
     def create(self, spec, parameters, device="cpu"):
         model = BACKEND.create(spec, parameters, device)
+        model._step = AutogradStep(model.module, model._optimizer)  # hooks are autograd's
         self.fault(model)
         return model
 
