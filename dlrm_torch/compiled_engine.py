@@ -37,15 +37,15 @@ class CompiledModel(TorchModel):
 
     def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
         """By part, but for compiled graphs: "compiled/forward" and "compiled/backward"."""
-        inputs = self._inputs(batch)
         if training:
-            with self._undone(inputs):
+            with self._undone(batch):
                 clock = Clock(self.device)
-                self._step(inputs, clock.mark)
+                self._step(self._inputs(batch), clock.mark)
         else:
             with torch.inference_mode():
                 clock = Clock(self.device)
-                pooled = self.module.tables(inputs.indices, inputs.lengths)
+                inputs = self._inputs(batch)
+                pooled = self.module.tables.pool(inputs.lookups)
                 clock.mark("embedding")
                 self.module.outputs(inputs.dense, pooled)
                 clock.mark("compiled/forward")

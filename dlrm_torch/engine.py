@@ -21,10 +21,14 @@ from spec.parameters import Arrays, check_parameters, is_sparse, trained_paramet
 from spec.tensors import activation_gradients, slice_names, trace_names
 
 
+def outputs(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> tuple[Tensor, Tensor]:
+    """As `DLRM.outputs`."""
+    return model.outputs(inputs.dense, model.tables.pool(inputs.lookups), tap)
+
+
 def evaluate(model: DLRM, inputs: Inputs, tap: Tap = untapped) -> Tensor:
     """The loss, shape ()."""
-    logit, probability = model.outputs(inputs.dense, model.tables(inputs.indices, inputs.lengths), tap)
-    return tap("loss", mean_loss(model.spec.loss, logit, probability, inputs.label))
+    return tap("loss", mean_loss(model.spec.loss, *outputs(model, inputs, tap), inputs.label))
 
 
 def trace(model: DLRM, inputs: Inputs) -> dict[str, Tensor]:
@@ -61,14 +65,12 @@ class TorchModel:
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._optimizer = Optimizer(self.module)
         self._step = TrainStep(self.module, self._optimizer)
-        self._one_hot = {number for group in self.module.tables.groups if group.one_hot for number in group.tables}
         self.threads = torch.get_num_threads()
         self.engine = f"PyTorch {torch.__version__} eager, {device}, {self.threads} threads"
 
     def predict(self, batch: Batch) -> np.ndarray:
-        inputs = self._inputs(batch)
         with torch.inference_mode():
-            return _array(self.module(inputs.dense, inputs.indices, inputs.lengths))
+            return _array(outputs(self.module, self._inputs(batch))[1])
 
     def trace(self, batch: Batch) -> Arrays:
         return {name: _array(x) for name, x in trace(self.module, self._inputs(batch)).items()}
@@ -84,15 +86,13 @@ class TorchModel:
 
     def profile(self, batch: Batch, training: bool = True) -> dict[str, float]:
         """By "part/ATen operator"; a step is undone afterwards; autograd's own work is in none."""
-        inputs = self._inputs(batch)
         stopwatch = Stopwatch(self.device)
         if training:
-            with self._undone(inputs), stopwatch:
-                self._step(inputs, stopwatch.mark)
+            with self._undone(batch), stopwatch:
+                self._step(self._inputs(batch), stopwatch.mark)
         else:
             with torch.inference_mode(), stopwatch:
-                pooled = self.module.tables(inputs.indices, inputs.lengths)
-                self.module.outputs(inputs.dense, pooled, stopwatch.tap)
+                outputs(self.module, self._inputs(batch), stopwatch.tap)
         return dict(stopwatch.seconds)
 
     def operators(self) -> dict[str, str]:
@@ -105,12 +105,13 @@ class TorchModel:
 
     def _inputs(self, batch: Batch) -> Inputs:
         batch.validate(self.spec)
-        return inputs_from(batch, self.device, self._one_hot)
+        return inputs_from(batch, self.module.tables, self.device)
 
     @contextmanager
-    def _undone(self, inputs: Inputs) -> Iterator[None]:
-        """Put back on exit all that a step on these inputs changes: of a table, the rows that it looks up."""
-        rows = [indices.unique() for indices in inputs.indices]
+    def _undone(self, batch: Batch) -> Iterator[None]:
+        """Put back on exit all that a step on this batch changes: of a table, the rows that it looks up."""
+        batch.validate(self.spec)
+        rows = [torch.from_numpy(np.unique(indices)).to(self.device) for indices in batch.indices]
         saved = []
         for name, tensor in (self._trained | self._optimizer.state).items():
             part = rows[int(name.split(".")[1])] if is_sparse(name) else slice(None)

@@ -1,31 +1,34 @@
 """A Batch as PyTorch takes it."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_torch.embedding import EmbeddingBags
+from dlrm_torch.lookups import Lookups
 from spec.batch import Batch
 
 
 class Inputs(NamedTuple):
-    """A Batch as tensors: dense [B, D], for each table indices and lengths, label [B, 1].
-
-    Lengths are None where they say nothing: each bag holds one row.
-    """
+    """A Batch as tensors: dense [B, D], what each group of tables looks up, label [B, 1]."""
 
     dense: Tensor
-    indices: list[Tensor]
-    lengths: list[Tensor | None]
+    lookups: list[Lookups]
     label: Tensor
 
 
-def inputs_from(batch: Batch, device: str = "cpu", one_hot: Collection[int] = ()) -> Inputs:
-    """The batch's own memory where PyTorch can use it as it is. `one_hot` are tables with one row in each bag."""
-    lengths = [None if number in one_hot else tensor_from(array, device) for number, array in enumerate(batch.lengths)]
-    return Inputs(tensor_from(batch.dense, device), [tensor_from(array, device) for array in batch.indices], lengths,
+def inputs_from(batch: Batch, tables: EmbeddingBags, device: str = "cpu") -> Inputs:
+    """The batch's own memory where PyTorch can use it as it is.
+
+    Lookups are joined by NumPy: 26 small tensors cost more than all that is done with them, and a GPU gets one.
+    """
+    def join(arrays: Sequence[np.ndarray]) -> Tensor:
+        return tensor_from(np.concatenate(arrays), device)
+
+    return Inputs(tensor_from(batch.dense, device), tables.lookups(batch.indices, batch.lengths, join),
                   tensor_from(batch.label, device))
 
 

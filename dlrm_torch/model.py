@@ -20,6 +20,13 @@ ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid}  # relu: gradient 0
 
 
 class Linear(nn.Linear):
+    """Its weight [out, in] lies in memory as [in, out]: MKL multiplies matrices of an odd width, such as 13 or 367
+    inputs, up to twice as slowly, and so the weight's gradient has a width that is even."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).t())
+
     def reset_parameters(self) -> None:
         """Draws nothing: parameters are loaded. (`skip_init` imports a second of PyTorch's compiler for that.)"""
 

@@ -5,6 +5,7 @@ gradients of `engine.trace` are autograd's.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,18 @@ Mark = Callable[[str], None]
 """Told, after each piece of work, which of `spec.backend.PARTS` it was for."""
 
 _aten = torch.ops.aten
-_APPLY = {torch.relu: torch.relu_, torch.sigmoid: torch.sigmoid_}
-_REVERSE = {
-    torch.relu: lambda gradient, y: _aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient),
-    torch.sigmoid: lambda gradient, y: _aten.sigmoid_backward.grad_input(gradient, y, grad_input=gradient),
-}
-"""The gradient of y becomes that of what the activation made it of."""
+
+
+def _reverse_relu(gradient: Tensor, y: Tensor) -> None:
+    """The gradient of y becomes that of what the activation made it of."""
+    _aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
+
+
+def _reverse_sigmoid(gradient: Tensor, y: Tensor) -> None:
+    _aten.sigmoid_backward.grad_input(gradient, y, grad_input=gradient)
+
+
+_IN_PLACE = {torch.relu: (torch.relu_, _reverse_relu), torch.sigmoid: (torch.sigmoid_, _reverse_sigmoid)}
 
 
 def unmarked(part: str) -> None:
@@ -36,33 +43,30 @@ class TrainStep:
     def __init__(self, model: DLRM, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self._bottom, top = _layers(model.bottom), _layers(model.top)
-        self._top, (self._last, _) = top[:-1], top[-1]
+        self._top, self._last = top[:-1], top[-1]
         self._interaction = _Dot(model) if model.spec.pairs else _Cat(model)
-        first_row = model.tables.first_row
-        self._places = [1 + first_row.new_tensor(group.tables) for group in model.tables.groups]
-        """Of each group, where its tables stand among the vectors."""
+        self._counts = [len(group.tables) for group in model.tables.groups]
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, mark: Mark = unmarked) -> float:
         """The loss before the update."""
         tables = self._model.tables
-        lookups = tables.lookups(inputs.indices, inputs.lengths)
-        pooled = tables.pool(lookups)
+        pooled = [tables.pooled(*of_group) for of_group in zip(tables.groups, inputs.lookups, strict=True)]
         mark("embedding")
         bottom = _forward(self._bottom, inputs.dense, mark)
-        interacting, output = self._interaction.forward([bottom[-1], *pooled])
+        features_BFE = torch.cat([bottom[-1][:, None], *pooled], 1)
+        output = self._interaction.forward(features_BFE)
         mark("interaction")
         top = _forward(self._top, output, mark)
         loss, gradient = self._loss(top[-1], inputs.label, mark)
 
         gradient = self._reverse_linear(self._last, top[-1], gradient, mark)
         gradient = self._reverse(self._top, top, gradient, mark)
-        gradient_BFE = self._interaction.reverse(gradient, interacting)
+        gradient_BFE = self._interaction.reverse(gradient, features_BFE)
         mark("interaction")
-        self._reverse(self._bottom, bottom, gradient_BFE[:, 0].contiguous(), mark, to_input=False)
-        gradient_FBE = gradient_BFE.transpose(0, 1)
-        pooled_gradients = [gradient_FBE.index_select(0, places).flatten(0, 1) for places in self._places]
-        self._optimizer.update_tables(lookups, pooled_gradients)
+        bottom_gradient_B1E, *gradients = gradient_BFE.split([1, *self._counts], 1)
+        self._reverse(self._bottom, bottom, bottom_gradient_B1E.flatten(1), mark, to_input=False)
+        self._optimizer.update_tables(inputs.lookups, gradients)
         mark("optimizer")
         return loss.item()
 
@@ -76,27 +80,27 @@ class TrainStep:
         value, gradient_B1 = loss_and_gradient(loss, logit_B1, probability_B1, label_B1)
         mark("loss")
         if loss.kind != "bce_logits":
-            _REVERSE[torch.sigmoid](gradient_B1, probability_B1)
+            _reverse_sigmoid(gradient_B1, probability_B1)
             mark("activation")
         return value, gradient_B1
 
-    def _reverse(self, layers: "_Layers", xs: Sequence[Tensor], gradient: Tensor, mark: Mark,
+    def _reverse(self, layers: Sequence["_Layer"], xs: Sequence[Tensor], gradient: Tensor, mark: Mark,
                  to_input: bool = True) -> Tensor | None:
         """From the gradient of the last of `xs`, which `_forward` made, that of the first, where it is wanted."""
         for number in reversed(range(len(layers))):
-            linear, activation = layers[number]
-            _REVERSE[activation](gradient, xs[number + 1])
+            layers[number].reverse(gradient, xs[number + 1])
             mark("activation")
-            gradient = self._reverse_linear(linear, xs[number], gradient, mark, to_input or number > 0)
+            gradient = self._reverse_linear(layers[number], xs[number], gradient, mark, to_input or number > 0)
         return gradient
 
-    def _reverse_linear(self, linear: nn.Linear, x: Tensor, gradient: Tensor, mark: Mark,
+    def _reverse_linear(self, layer: "_Layer", x: Tensor, gradient: Tensor, mark: Mark,
                         to_input: bool = True) -> Tensor | None:
         """Updates the layer, from the gradient [B, out] of what it made of x [B, in]; returned is that of x."""
-        gradient_of_x = gradient.mm(linear.weight) if to_input else None
-        gradients = gradient.t().mm(x), gradient.sum(0)
+        weight, bias, _, _ = layer
+        gradient_of_x = gradient.mm(weight) if to_input else None
+        gradients = x.t().mm(gradient).t(), gradient.sum(0)
         mark("fc")
-        self._optimizer.update((linear.weight, linear.bias), gradients)
+        self._optimizer.update((weight, bias), gradients)
         mark("optimizer")
         return gradient_of_x
 
@@ -110,9 +114,8 @@ class AutogradStep:
     def __call__(self, inputs: Inputs, mark: Mark = unmarked) -> float:
         """Marks also what compiled graphs do, "compiled/forward" and "compiled/backward"."""
         tables = self._model.tables
-        lookups = tables.lookups(inputs.indices, inputs.lengths)
         with torch.no_grad():
-            pooled = [x.requires_grad_() for x in tables.pool(lookups)]
+            pooled = [x.requires_grad_() for x in tables.pool(inputs.lookups)]
         mark("embedding")
         outputs = self._model.outputs(inputs.dense, pooled)
         mark("compiled/forward")
@@ -120,47 +123,60 @@ class AutogradStep:
         mark("loss")
         gradients = torch.autograd.grad(loss, [*pooled, *self._optimizer.dense.values()])
         mark("compiled/backward")
-        pooled_gradients = [torch.cat([gradients[number] for number in group.tables]) for group in tables.groups]
-        self._optimizer.step(gradients[len(pooled):], lookups, pooled_gradients)
+        pooled_gradients = [torch.stack([gradients[number] for number in group.tables], 1) for group in tables.groups]
+        self._optimizer.step(gradients[len(pooled):], inputs.lookups, pooled_gradients)
         mark("optimizer")
         return loss.item()
 
 
-_Layers = Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]]
+class _Layer(NamedTuple):
+    """Looked up once: a module takes as long to find a parameter as to multiply small matrices."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    apply: Callable[[Tensor], Tensor]
+    reverse: Callable[[Tensor, Tensor], None]
 
 
-def _layers(mlp: MLP) -> _Layers:
-    return [(linear, activation) for linear, (_, activation) in zip(mlp, mlp.activations, strict=True)]
+def _layers(mlp: MLP) -> list[_Layer]:
+    return [_Layer(linear.weight, linear.bias, *_IN_PLACE[activation])
+            for linear, (_, activation) in zip(mlp, mlp.activations, strict=True)]
 
 
-def _forward(layers: _Layers, x: Tensor, mark: Mark) -> list[Tensor]:
+def _forward(layers: Sequence[_Layer], x: Tensor, mark: Mark) -> list[Tensor]:
     """x, and what each layer makes of it."""
     xs = [x]
-    for linear, activation in layers:
-        z = torch.addmm(linear.bias, xs[-1], linear.weight.t())
+    for weight, bias, apply, _ in layers:
+        x = torch.addmm(bias, x, weight.t())
         mark("fc")
-        xs.append(_APPLY[activation](z))
+        xs.append(apply(x))
         mark("activation")
     return xs
+
+
+def _places(model: DLRM) -> list[int]:
+    """Where each vector of the spec stands among those of a step: the dense one, then the tables group by group."""
+    vectors = [0, *(1 + number for group in model.tables.groups for number in group.tables)]
+    return [vectors.index(vector) for vector in range(len(vectors))]
 
 
 class _Dot:
     """`DotInteraction`, both ways."""
 
     def __init__(self, model: DLRM) -> None:
-        spec, pairs_P = model.spec, model.interaction.pairs
-        count = spec.interacting_vectors
-        column_FF = torch.zeros(count, count, dtype=torch.int64, device=pairs_P.device)
-        column_FF.view(-1)[pairs_P] = spec.embedding_dim + torch.arange(len(pairs_P), device=pairs_P.device)
-        column_FF = torch.maximum(column_FF, column_FF.T)
-        self._pairs, self._columns, self._width = pairs_P, column_FF.view(-1), spec.embedding_dim
-        self._self_interaction = spec.interaction.self_interaction
+        spec, places = model.spec, _places(model)
+        count, device = len(places), model.interaction.pairs.device
+        pairs_P2 = torch.tensor([(places[i], places[j]) for i, j in spec.pairs], device=device)
+        self._pairs = pairs_P2[:, 0] * count + pairs_P2[:, 1]
+        column_FF = torch.zeros(count, count, dtype=torch.int64, device=device)
+        column_FF.view(-1)[self._pairs] = spec.embedding_dim + torch.arange(len(pairs_P2), device=device)
+        self._columns = torch.maximum(column_FF, column_FF.T).flatten()
+        self._width, self._self_interaction = spec.embedding_dim, spec.interaction.self_interaction
 
-    def forward(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The vectors [B, F, E], for `reverse`, and the output."""
-        features_BFE = torch.stack(list(vectors), 1)
+    def forward(self, features_BFE: Tensor) -> Tensor:
+        """Of the vectors of a step."""
         products = features_BFE.bmm(features_BFE.transpose(1, 2)).flatten(1)
-        return features_BFE, torch.cat([vectors[0], products.index_select(1, self._pairs)], 1)
+        return torch.cat([features_BFE[:, 0], products.index_select(1, self._pairs)], 1)
 
     def reverse(self, gradient: Tensor, features_BFE: Tensor) -> Tensor:
         """Of the vectors [B, F, E]. The gradient of a product x y is shared by both: they are one symmetric matrix."""
@@ -177,10 +193,14 @@ class _Cat:
     """`CatInteraction`, both ways."""
 
     def __init__(self, model: DLRM) -> None:
-        self._shape = model.spec.interacting_vectors, model.spec.embedding_dim
+        places = _places(model)
+        self._places = torch.tensor(places, device=model.tables.first_row.device)
+        self._vectors = self._places.argsort()
+        self._in_order = places == sorted(places)
 
-    def forward(self, vectors: Sequence[Tensor]) -> tuple[None, Tensor]:
-        return None, torch.cat(list(vectors), 1)
+    def forward(self, features_BFE: Tensor) -> Tensor:
+        return (features_BFE if self._in_order else features_BFE.index_select(1, self._places)).flatten(1)
 
-    def reverse(self, gradient: Tensor, interacting: None) -> Tensor:
-        return gradient.view(-1, *self._shape)
+    def reverse(self, gradient: Tensor, features_BFE: Tensor) -> Tensor:
+        gradient_BFE = gradient.view(features_BFE.shape)
+        return gradient_BFE if self._in_order else gradient_BFE.index_select(1, self._vectors)

@@ -70,13 +70,13 @@ class Batch:
             if len(arrays) != len(spec.tables):
                 raise InputError(what, f"{len(spec.tables)} arrays, one for each table", len(arrays),
                                  "give every table its lookups")
-        one_hot = [number for number, table in enumerate(spec.tables) if table.fixed_lookups == 1]
+        one_hot = [number for number, table in enumerate(spec.tables) if table.lookups == 1]
         known = one_hot and _rows_exist([self.indices[number] for number in one_hot],
                                         [self.lengths[number] for number in one_hot],
                                         [spec.tables[number].rows for number in one_hot], self.size)
-        for number, table in enumerate(spec.tables):
-            if not (known and table.fixed_lookups == 1):
-                _expect_lookups(f"tables.{number}", self.indices[number], self.lengths[number], self.size, table)
+        for number in sorted(set(range(len(spec.tables))).difference(one_hot if known else ())):
+            _expect_lookups(f"tables.{number}", self.indices[number], self.lengths[number], self.size,
+                            spec.tables[number])
 
 
 def _expect(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int | str, ...]) -> None:
@@ -101,8 +101,9 @@ def _expect_labels(label: np.ndarray, soft: bool) -> None:
 def _rows_exist(indices: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rows: Sequence[int], size: int) -> bool:
     """Whether one-hot lookups are allowed, of all their tables at once: of 26 of them a small batch is else checked for
     as long as it is looked up."""
-    if not all(isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (size,)
-               for arrays, dtype in ((indices, _INT64), (lengths, _INT32)) for array in arrays):
+    arrays = [*indices, *lengths]
+    if not ({*map(type, arrays)} == {np.ndarray} and {array.shape for array in arrays} == {(size,)}
+            and {array.dtype for array in indices} == {_INT64} and {array.dtype for array in lengths} == {_INT32}):
         return False
     # As unsigned numbers, negative ones are the greatest.
     found = np.concatenate(indices).view(np.uint64).reshape(len(rows), size).max(1)

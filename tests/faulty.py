@@ -1,6 +1,6 @@
 """Backends with one real fault each, for tests/test_faults.py: `dlrm conform --backend faulty:SIGN`."""
 
-import torch
+import numpy as np
 
 from dlrm_torch.backend import BACKEND
 from dlrm_torch.step import AutogradStep
@@ -47,12 +47,12 @@ def off_by_one_offset(model):
     tables = model.module.tables
     lookups = tables.lookups
 
-    def shifted(indices, lengths):
-        second = lengths[1].clone()
-        donor = int(torch.nonzero(second[1:])[0]) + 1
+    def shifted(indices, lengths, join):
+        second = lengths[1].copy()
+        donor = int(np.flatnonzero(second[1:])[0]) + 1
         second[0] += 1
         second[donor] -= 1
-        return lookups(indices, [lengths[0], second, *lengths[2:]])
+        return lookups(indices, [lengths[0], second, *lengths[2:]], join)
 
     tables.lookups = shifted
 

@@ -38,10 +38,11 @@ def make(changes: dict) -> tuple[ModelSpec, DLRM, Inputs]:
     spec = ModelSpec.model_validate({**load("tiny").model_dump(), **changes})
     model = DLRM(spec)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in initial_parameters(spec, 3).items()})
-    inputs = inputs_from(random_batch(spec, 24, seed=5, number=0))
-    assert any((lengths == 0).any() for lengths in inputs.lengths)
-    assert any(len(indices.unique()) < len(indices) for indices in inputs.indices)
-    return spec, model.double(), inputs._replace(dense=inputs.dense.double(), label=inputs.label.double())
+    batch = random_batch(spec, 24, seed=5, number=0)
+    assert any((lengths == 0).any() for lengths in batch.lengths)
+    assert any(len(np.unique(indices)) < len(indices) for indices in batch.indices)
+    inputs = inputs_from(batch, model.double().tables)
+    return spec, model, inputs._replace(dense=inputs.dense.double(), label=inputs.label.double())
 
 
 @pytest.fixture(params=CASES)
@@ -151,8 +152,9 @@ def test_pairs_follow_the_dense_vector_in_the_order_of_the_spec(self_interaction
 
 def test_forward_is_the_probability_that_a_trace_records():
     spec, model, inputs = make({})
-    traced = trace(model, inputs)
-    probability = model(inputs.dense, inputs.indices, inputs.lengths)
+    traced, batch = trace(model, inputs), random_batch(spec, 24, seed=5, number=0)
+    probability = model(inputs.dense, *([torch.from_numpy(array) for array in arrays]
+                                        for arrays in (batch.indices, batch.lengths)))
     assert torch.equal(probability, traced["probability"]) and probability.shape == (24, 1)
     assert set(activations(spec)) <= traced.keys()
 

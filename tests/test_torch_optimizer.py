@@ -67,7 +67,7 @@ def table_gradients(spec, arrays, indices, lengths, pooled_gradients):
 def step(made, model, dense_gradients, indices, lengths, pooled_gradients):
     lookups = model.tables.lookups([torch.from_numpy(its) for its in indices],
                                    [torch.from_numpy(its.astype(np.int32)) for its in lengths])
-    grouped = [torch.from_numpy(np.concatenate([pooled_gradients[number] for number in group.tables]))
+    grouped = [torch.from_numpy(np.stack([pooled_gradients[number] for number in group.tables], 1))
                for group in model.tables.groups]
     made.step([torch.from_numpy(g) for g in dense_gradients], lookups, grouped)
 
