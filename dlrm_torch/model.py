@@ -20,15 +20,31 @@ ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid}  # relu: gradient 0
 
 
 class Linear(nn.Linear):
-    """Its weight [out, in] lies in memory as [in, out]: MKL multiplies matrices of an odd width, such as 13 or 367
-    inputs, up to twice as slowly, and so the weight's gradient has a width that is even."""
+    """Its weight [out, in] lies in memory as [in, out], followed by zeros up to a multiple of 8 rows.
+
+    MKL multiplies matrices of an odd width, such as 13 or 367 inputs, up to twice as slowly: the gradient of the weight
+    gets a width that is even, and so can that of x (`padded`).
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.weight = nn.Parameter(torch.empty(inputs, outputs).t())
+        self.weight = nn.Parameter(torch.zeros(_even(inputs), outputs)[:inputs].t())
+
+    def padded(self) -> Tensor:
+        """[out, in or up to 7 more]: the weight and columns of zeros; without them if it lies elsewhere by now."""
+        weight = self.weight.detach()
+        outputs, inputs = weight.shape
+        end = (weight.storage_offset() + _even(inputs) * outputs) * weight.element_size()
+        if weight.stride() != (1, outputs) or end > weight.untyped_storage().nbytes():
+            return weight
+        return weight.as_strided((outputs, _even(inputs)), weight.stride())
 
     def reset_parameters(self) -> None:
         """Draws nothing: parameters are loaded. (`skip_init` imports a second of PyTorch's compiler for that.)"""
+
+
+def _even(inputs: int) -> int:
+    return -(-inputs // 8) * 8
 
 
 class MLP(nn.ModuleList):

@@ -10,6 +10,10 @@ from dlrm_torch.lookups import Lookups
 from dlrm_torch.model import DLRM
 from spec.parameters import is_sparse, moment_name, trained_parameters
 
+ADDED_SAMPLES, ADDED_WIDTH = 256, 64
+"""Of so many samples at most MKL adds up a product of matrices at least so wide before it adds it to anything: to a
+weight too, which is rounded once then. It rounds a thin weight, or in a larger batch, many times."""
+
 BLOCK_BYTES = 2**22
 """Of the gradient of rows that is made and used up at a time, so that it stays in the cache."""
 
@@ -65,6 +69,10 @@ class Optimizer:
         roots = torch._foreach_sqrt(moments)
         torch._foreach_add_(roots, self.eps)
         torch._foreach_addcdiv_(parameters, gradients, roots, value=-self.rate)
+
+    def adds_product(self, weight: Tensor, samples: int) -> bool:
+        """Whether the gradient, a product over the samples, may be added to a weight while it is made."""
+        return self._sgd and samples <= ADDED_SAMPLES and min(weight.shape) >= ADDED_WIDTH
 
     def update_tables(self, lookups: Sequence[Lookups], pooled_gradients: Sequence[Tensor]) -> None:
         """Of no other row than those looked up.

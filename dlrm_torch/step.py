@@ -60,12 +60,13 @@ class TrainStep:
         top = _forward(self._top, output, mark)
         loss, gradient = self._loss(top[-1], inputs.label, mark)
 
-        gradient = self._reverse_linear(self._last, top[-1], gradient, mark)
-        gradient = self._reverse(self._top, top, gradient, mark)
+        first = self._model.top[0].padded()
+        gradient = self._reverse_linear(self._last, top[-1], gradient, self._last.weight if self._top else first, mark)
+        gradient = self._reverse(self._top, top, gradient, first, mark)
         gradient_BFE = self._interaction.reverse(gradient, features_BFE)
         mark("interaction")
         bottom_gradient_B1E, *gradients = gradient_BFE.split([1, *self._counts], 1)
-        self._reverse(self._bottom, bottom, bottom_gradient_B1E.flatten(1), mark, to_input=False)
+        self._reverse(self._bottom, bottom, bottom_gradient_B1E.flatten(1), None, mark)
         self._optimizer.update_tables(inputs.lookups, gradients)
         mark("optimizer")
         return loss.item()
@@ -84,23 +85,34 @@ class TrainStep:
             mark("activation")
         return value, gradient_B1
 
-    def _reverse(self, layers: Sequence["_Layer"], xs: Sequence[Tensor], gradient: Tensor, mark: Mark,
-                 to_input: bool = True) -> Tensor | None:
-        """From the gradient of the last of `xs`, which `_forward` made, that of the first, where it is wanted."""
+    def _reverse(self, layers: Sequence["_Layer"], xs: Sequence[Tensor], gradient: Tensor, first: Tensor | None,
+                 mark: Mark) -> Tensor | None:
+        """From the gradient of the last of `xs`, which `_forward` made, that of the first.
+
+        `first` is the weight of the first layer, or None where nobody wants to know.
+        """
         for number in reversed(range(len(layers))):
-            layers[number].reverse(gradient, xs[number + 1])
+            layer = layers[number]
+            layer.reverse(gradient, xs[number + 1])
             mark("activation")
-            gradient = self._reverse_linear(layers[number], xs[number], gradient, mark, to_input or number > 0)
+            gradient = self._reverse_linear(layer, xs[number], gradient, layer.weight if number else first, mark)
         return gradient
 
-    def _reverse_linear(self, layer: "_Layer", x: Tensor, gradient: Tensor, mark: Mark,
-                        to_input: bool = True) -> Tensor | None:
-        """Updates the layer, from the gradient [B, out] of what it made of x [B, in]; returned is that of x."""
+    def _reverse_linear(self, layer: "_Layer", x: Tensor, gradient: Tensor, to_x: Tensor | None,
+                        mark: Mark) -> Tensor | None:
+        """Updates the layer, from the gradient [B, out] of what it made of x [B, in].
+
+        Returned is the gradient of x, where it is wanted: the product with `to_x` [out, in].
+        """
         weight, bias, _, _ = layer
-        gradient_of_x = gradient.mm(weight) if to_input else None
-        gradients = x.t().mm(gradient).t(), gradient.sum(0)
+        gradient_of_x = None if to_x is None else gradient.mm(to_x)
+        if self._optimizer.adds_product(weight, len(x)):
+            weight.t().addmm_(x.t(), gradient, alpha=-self._optimizer.rate)
+            updates = (bias,), (gradient.sum(0),)
+        else:
+            updates = (weight, bias), (x.t().mm(gradient).t(), gradient.sum(0))
         mark("fc")
-        self._optimizer.update((weight, bias), gradients)
+        self._optimizer.update(*updates)
         mark("optimizer")
         return gradient_of_x
 
@@ -179,7 +191,10 @@ class _Dot:
         return torch.cat([features_BFE[:, 0], products.index_select(1, self._pairs)], 1)
 
     def reverse(self, gradient: Tensor, features_BFE: Tensor) -> Tensor:
-        """Of the vectors [B, F, E]. The gradient of a product x y is shared by both: they are one symmetric matrix."""
+        """Of the vectors [B, F, E]; the gradient may have more columns than the output.
+
+        The gradient of a product x y is shared by both: they are one symmetric matrix.
+        """
         batch, count, width = features_BFE.shape
         both_BFF = gradient.index_select(1, self._columns).view(batch, count, count)
         diagonals = both_BFF.diagonal(dim1=1, dim2=2)
@@ -202,5 +217,5 @@ class _Cat:
         return (features_BFE if self._in_order else features_BFE.index_select(1, self._places)).flatten(1)
 
     def reverse(self, gradient: Tensor, features_BFE: Tensor) -> Tensor:
-        gradient_BFE = gradient.view(features_BFE.shape)
+        gradient_BFE = gradient[:, :features_BFE[0].numel()].view(features_BFE.shape)
         return gradient_BFE if self._in_order else gradient_BFE.index_select(1, self._vectors)
