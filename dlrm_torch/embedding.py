@@ -52,8 +52,7 @@ class Group(NamedTuple):
         return self.pooling == "weighted_learned"
 
     def bags(self, x_BGE: Tensor) -> Tensor:
-        """[bags, E] in the order of the bags that are looked up: sample by sample where each holds one row, since so
-        they interact, and table by table where their rows come that way."""
+        """[bags, E], table by table, as `Lookups` has them."""
         return x_BGE.transpose(0, 1).flatten(0, 1)
 
     def samples(self, bags: Tensor) -> Tensor:
@@ -63,7 +62,10 @@ class Group(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """The storage of all parameters of one name, and where in memory each was found to be a slice of it."""
+    """The storage of all parameters of one name, and where in memory each was found to be a slice of it.
+
+    It is kept alive here, so that nothing else can come to lie at one of the pointers.
+    """
 
     pointers: list[int]
     storage: Tensor
@@ -88,7 +90,7 @@ class EmbeddingBags(nn.ModuleList):
         self.register_buffer("first_row", torch.tensor(self.first), persistent=False)
         alike = defaultdict(list)
         for number, table in enumerate(tables):
-            one_hot = table.fixed_lookups == 1
+            one_hot = table.one_hot
             pooling = "sum" if one_hot and table.pooling == "mean" else table.pooling
             alike[one_hot, pooling].append(number)
         self.groups = [Group(tuple(numbers), *kind) for kind, numbers in alike.items()]

@@ -28,22 +28,22 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.weight = nn.Parameter(torch.zeros(_even(inputs), outputs)[:inputs].t())
+        self.weight = nn.Parameter(torch.zeros(_in_eights(inputs), outputs)[:inputs].t())
 
     def padded(self) -> Tensor:
         """[out, in or up to 7 more]: the weight and columns of zeros; without them if it lies elsewhere by now."""
         weight = self.weight.detach()
         outputs, inputs = weight.shape
-        end = (weight.storage_offset() + _even(inputs) * outputs) * weight.element_size()
+        end = (weight.storage_offset() + _in_eights(inputs) * outputs) * weight.element_size()
         if weight.stride() != (1, outputs) or end > weight.untyped_storage().nbytes():
             return weight
-        return weight.as_strided((outputs, _even(inputs)), weight.stride())
+        return weight.as_strided((outputs, _in_eights(inputs)), weight.stride())
 
     def reset_parameters(self) -> None:
         """Draws nothing: parameters are loaded. (`skip_init` imports a second of PyTorch's compiler for that.)"""
 
 
-def _even(inputs: int) -> int:
+def _in_eights(inputs: int) -> int:
     return -(-inputs // 8) * 8
 
 

@@ -70,7 +70,7 @@ class Batch:
             if len(arrays) != len(spec.tables):
                 raise InputError(what, f"{len(spec.tables)} arrays, one for each table", len(arrays),
                                  "give every table its lookups")
-        one_hot = [number for number, table in enumerate(spec.tables) if table.lookups == 1]
+        one_hot = [number for number, table in enumerate(spec.tables) if table.one_hot]
         known = one_hot and _rows_exist([self.indices[number] for number in one_hot],
                                         [self.lengths[number] for number in one_hot],
                                         [spec.tables[number].rows for number in one_hot], self.size)

@@ -83,6 +83,11 @@ class Table(_Frozen):
         return self.lookups if isinstance(self.lookups, int) else None
 
     @property
+    def one_hot(self) -> bool:
+        """Whether every bag holds one row."""
+        return self.lookups == 1
+
+    @property
     def weighted(self) -> bool:
         return self.pooling.startswith("weighted")
 

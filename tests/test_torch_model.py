@@ -6,7 +6,7 @@ import torch
 
 from dlrm_torch.engine import evaluate, trace
 from dlrm_torch.inputs import Inputs, inputs_from
-from dlrm_torch.model import DLRM
+from dlrm_torch.model import DLRM, Linear
 from dlrm_torch.optimizer import Optimizer
 from dlrm_torch.step import AutogradStep, TrainStep
 from spec.data.random import random_batch
@@ -168,11 +168,14 @@ def test_the_clipped_cases_have_samples_on_either_side_of_the_bound(name):
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_step_written_out_is_autograds(name: str, kind: str):
-    """In float64, over several steps: what is left of their difference is rounding."""
+def test_the_step_written_out_is_autograds(name: str, kind: str, monkeypatch):
+    """In float64, over several steps: what is left of their difference is rounding. Products are added to weights of
+    any width, and what lies behind a weight is never read."""
+    monkeypatch.setattr("dlrm_torch.optimizer.ADDED_WIDTH", 1)
     after = []
     for step in (TrainStep, AutogradStep):
         _, model, inputs = make(CASES[name] | {"optimizer": {"kind": kind, "learning_rate": 0.1}})
+        followed_by_nan(model.top[0])
         optimizer = Optimizer(model)
         take = step(model, optimizer)
         losses = [take(inputs) for _ in range(3)]
@@ -181,3 +184,25 @@ def test_the_step_written_out_is_autograds(name: str, kind: str):
     assert after[0]["loss"][0] != after[0]["loss"][1]
     for name, array in after[0].items():
         np.testing.assert_allclose(array, after[1][name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def followed_by_nan(linear: Linear) -> None:
+    """The weight moves to where the columns that `padded` adds are NaN."""
+    outputs, inputs = linear.weight.shape
+    memory = torch.full((-(-inputs // 8) * 8, outputs), torch.nan, dtype=linear.weight.dtype)
+    memory[:inputs] = linear.weight.detach().t()
+    linear.weight.data = memory[:inputs].t()
+    assert torch.equal(linear.padded().isnan().any(0), torch.arange(len(memory)) >= inputs)
+
+
+@pytest.mark.parametrize("inputs, width", [(13, 16), (16, 16), (1, 8)])
+def test_a_weight_is_padded_where_it_was_made(inputs: int, width: int):
+    linear = Linear(inputs, 5)
+    with torch.no_grad():
+        linear.weight.fill_(1)
+    padded = linear.padded()
+    assert padded.shape == (5, width) and padded.data_ptr() == linear.weight.data_ptr()
+    assert (padded[:, :inputs] == 1).all() and not padded[:, inputs:].any()
+    assert linear.double().padded().shape == (5, inputs)
+    linear.weight.data = linear.weight.detach().contiguous()
+    assert linear.padded().shape == (5, inputs)
