@@ -70,6 +70,18 @@ def outside_blobs(operators: Iterable[OperatorDef]) -> tuple[str, ...]:
     return tuple(read)
 
 
+def with_operators(net: NetDef, operators: Iterable[OperatorDef], inputs: Iterable[str] = ()) -> NetDef:
+    """A copy of the net with these operators in place of its own, and with those of its external inputs, and of
+    `inputs`, that they read."""
+    operators = list(operators)
+    result = NetDef.FromString(net.SerializeToString())
+    del result.op[:], result.external_input[:]
+    result.op.extend(operators)
+    read = outside_blobs(operators)
+    result.external_input.extend(name for name in (*net.external_input, *inputs) if name in read)
+    return result
+
+
 def read_net(path: Path) -> NetDef:
     """Parse a file, serialized or in protobuf's text format. Raises InputError where it is missing, corrupted or holds
     no operator."""

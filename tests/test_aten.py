@@ -72,6 +72,66 @@ def test_what_an_operator_accepts_is_asked_again_where_sizes_depend_on_values(en
     np.testing.assert_array_equal(engine.run("net", {"i": np.array([5, 9, 7])}, ["y"])["y"], [2, 2, 2])
 
 
+def test_what_is_accepted_is_asked_again_whoever_changed_a_type(engine: AtenEngine):
+    """Runs that change nothing settle a net; after each of these it has to ask."""
+    engine.feed({"x": np.ones(2, np.float32), "three": np.ones(3, np.float32)})
+    engine.run_once(net(make_operator("Scale", ["x"], ["made"])))
+    engine.create(net(make_operator("Sum", ["x", "made"], ["y"])))
+    engine.create(net(make_operator("Copy", ["three"], ["made"]), name="other"))
+    engine.create(net(make_operator("Scale", ["x"], ["made"]), name="back"))
+
+    def settle() -> None:
+        for _ in range(4):
+            engine.run("net", {"x": np.ones(2, np.float32)})
+
+    def refused() -> None:
+        with pytest.raises(EngineError, match="expected shape"):
+            engine.run("net", {})
+
+    settle()
+    engine.run("other", {})
+    refused()
+    engine.run("back", {})
+    settle()
+    engine.feed({"x": np.ones(3, np.float32)})
+    refused()
+    engine.feed({"x": np.ones(2, np.float32), "z": np.ones(1, np.float32)})
+    settle()
+    engine.feed({"x": np.ones(3, np.float32)})
+    refused()
+    engine.feed({"x": np.ones(2, np.float32)})
+    settle()
+    engine.run_once(net(make_operator("Copy", ["three"], ["made"]), name="once"))
+    refused()
+
+
+def test_a_net_that_changes_what_it_reads_asks_in_every_run(engine: AtenEngine):
+    engine.feed({"x": np.ones(1, np.float32), "one": np.ones(1, np.float32)})
+    engine.create(net(make_operator("Sum", ["x", "one"], ["y"]),
+                      make_operator("Concat", ["x", "y"], ["x", "sizes"], axis=0)))
+    assert engine.run("net", {}, ["x"])["x"].shape == (2,)
+    with pytest.raises(EngineError, match=r"operator 0 \(Sum\): .*expected shape \[2\], found \[1\]"):
+        engine.run("net", {})
+
+
+def test_weights_of_fc_lie_in_columns_and_are_what_was_fed(engine: AtenEngine):
+    """Before and after a net is created that multiplies by them."""
+    weight = np.arange(6, dtype=np.float32).reshape(3, 2)
+    engine.feed({"x": np.eye(2, dtype=np.float32), "w": weight, "b": np.zeros(3, np.float32),
+                 "dy": np.ones((2, 3), np.float32)})
+    engine.create(net(make_operator("FC", ["x", "w", "b"], ["y"]),
+                      make_operator("FCGradient", ["x", "w", "dy"], ["dw", "db", "dx"])))
+    for factor in (1, 2):
+        found = engine.run("net", {}, ["w", "y", "dw", "db", "dx"])
+        assert engine._blobs["w"].stride() == engine._blobs["dw"].stride() == (1, 3)
+        np.testing.assert_array_equal(found["w"], factor * weight)
+        np.testing.assert_array_equal(found["y"], factor * weight.T)
+        np.testing.assert_array_equal(found["dw"], np.ones((3, 2)))
+        np.testing.assert_array_equal(found["db"], [2, 2, 2])
+        np.testing.assert_array_equal(found["dx"], factor * np.tile(weight.sum(0), (2, 1)))
+        engine.feed({"w": 2 * weight})
+
+
 def test_error_names_net_operator_and_blobs_and_the_engine_stays_usable(engine: AtenEngine):
     engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
     engine.create(net(COUNT, DOUBLE))

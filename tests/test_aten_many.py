@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dlrm_caffe2.engine.aten import AtenEngine
+from dlrm_caffe2.engine.plan import Stretch
 from dlrm_caffe2.net import make_operator
 from dlrm_caffe2.operators import records
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
@@ -28,8 +29,8 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     taken: list[bool] = []
     ask = AtenEngine._run_together
 
-    def noted(self: AtenEngine, steps: Sequence) -> bool:
-        taken.append(ask(self, steps))
+    def noted(self: AtenEngine, stretch: Stretch) -> bool:
+        taken.append(ask(self, stretch))
         return taken[-1]
 
     monkeypatch.setattr(AtenEngine, "_run_together", noted)
@@ -49,9 +50,10 @@ def run(operators: Sequence[OperatorDef], feeds: Sequence[Blobs], nets: Sequence
     return engine.fetch([name for operator in operators for name in operator.output])
 
 
-def check(operators: Sequence[OperatorDef], feeds: Sequence[Blobs], taken: bool, together: list[bool]) -> None:
+def check(operators: Sequence[OperatorDef], feeds: Sequence[Blobs], taken: bool | None, together: list[bool]) -> None:
+    """`taken`: None for operators that their kernel is not even asked to take together."""
     found = run(operators, feeds, [operators])
-    assert together == [taken, taken], "asked in every run but the first"
+    assert together == ([] if taken is None else [taken, taken]), "asked in every run but the first"
     expected = run(operators, feeds, [[operator] for operator in operators])
     for name, array in expected.items():
         assert array.dtype == found[name].dtype
@@ -85,7 +87,7 @@ GATHERS = [make_operator("Gather", [f"w{n}", f"i{n}"], [f"o{n}"]) for n in range
     ([tables(2) | lookups() | {"w1": RNG.normal(size=(3, 4)).astype(np.float32)}], False),
 ], ids=["rows", "rows of two dimensions, int32", "numbers, one lookup", "fed apart", "other sizes", "negative",
         "other types", "matrices of indices", "no lookups", "a table of its own", "another width"])
-def test_lookups(feeds: Sequence[Blobs], taken: bool, together: list[bool]):
+def test_lookups(feeds: Sequence[Blobs], taken: bool | None, together: list[bool]):
     check(GATHERS, feeds, taken, together)
 
 
@@ -104,9 +106,9 @@ def scatters(*rates: str) -> list[OperatorDef]:
     (scatters("rate", "rate", "rate"), updates(2, 3), True),
     (scatters("rate", "rate", "rate"), updates(), True),
     (scatters("rate", "rate", "rate"), updates(2, old=0.5), False),
-    (scatters("rate", "old", "rate"), updates(2), False),
+    (scatters("rate", "old", "rate"), updates(2), None),
 ], ids=["rows", "rows of two dimensions", "numbers", "old rows have a weight", "other weights"])
-def test_updates_of_rows(operators: Sequence[OperatorDef], blobs: Blobs, taken: bool, together: list[bool]):
+def test_updates_of_rows(operators: Sequence[OperatorDef], blobs: Blobs, taken: bool | None, together: list[bool]):
     check(operators, [blobs], taken, together)
 
 
@@ -116,12 +118,12 @@ def sums(*inputs: Sequence[str]) -> list[OperatorDef]:
 
 @pytest.mark.parametrize(("operators", "taken"), [
     (sums(["w0", "old", "g0", "rate"], ["w1", "old", "g1", "rate"]), True),
-    (sums(["w0", "old", "g0", "rate"], ["w1", "old", "g1", "old"]), False),
+    (sums(["w0", "old", "g0", "rate"], ["w1", "old", "g1", "old"]), None),
     (sums(["w0", "rate", "g0", "rate"], ["w1", "rate", "g1", "rate"]), False),
-    (sums(["w0", "old"], ["w1", "old"]), False),
-    ([make_operator("WeightedSum", [f"w{n}", "old", "g0", "rate"], [f"o{n}"]) for n in range(2)], False),
+    (sums(["w0", "old"], ["w1", "old"]), None),
+    ([make_operator("WeightedSum", [f"w{n}", "old", "g0", "rate"], [f"o{n}"]) for n in range(2)], None),
 ], ids=["steps", "other weights", "the old have a weight", "of one", "not in place"])
-def test_updates(operators: Sequence[OperatorDef], taken: bool, together: list[bool]):
+def test_updates(operators: Sequence[OperatorDef], taken: bool | None, together: list[bool]):
     check(operators, [updates(2, 3) | tables(2, 3, rows=(4, 4, 4))], taken, together)
 
 
@@ -144,6 +146,39 @@ def test_a_row_beyond_a_table_is_an_error_though_the_next_table_has_it(operators
     engine.run("net", {})
     with pytest.raises(EngineError, match=rf"operator 1 \({operators[0].type}\): .*index 3 is out of bounds"):
         engine.run("net", {"i1": np.array([0, 1, 2, 3])})
+
+
+def test_what_is_known_of_tables_and_rows_is_forgotten_with_them(together: list[bool]):
+    """Tables fed anew, alone or all of them; rows that change in place, and rows of which some are fed anew."""
+    blobs, new = tables(2) | lookups(), tables(2)
+    engine = AtenEngine()
+    engine.feed(blobs)
+    engine.create(NetDef(name="net", op=GATHERS))
+
+    def check_run() -> None:
+        found = engine.run("net", {}, [f"o{n}" for n in range(3)])
+        for n in range(3):
+            np.testing.assert_array_equal(found[f"o{n}"], blobs[f"w{n}"][blobs[f"i{n}"]])
+
+    def change(changes: Blobs) -> None:
+        engine.feed(changes)
+        blobs.update(changes)
+        for _ in range(2):
+            check_run()
+
+    change({})
+    change(new)
+    change({"w0": blobs["w0"] + 1})
+    change(tables(2))
+    change({f"i{n}": np.zeros(4, np.int64) for n in range(3)})
+    change({"i1": np.ones(4, np.int64)})
+    change({f"i{n}": np.zeros(1, np.int64) for n in range(3)})
+    engine.create(NetDef(name="count", op=[make_operator("Iter", ["i2"], ["i2"])]))
+    engine.run("count", {})
+    blobs["i2"] = np.ones(1, np.int64)
+    for _ in range(2):
+        check_run()
+    assert True in together and False in together
 
 
 def test_criteos_step_takes_its_tables_together(together: list[bool]):

@@ -346,8 +346,7 @@ def test_the_files_run_on_genuine_caffe2_alone(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the bits of a matrix product depend on it
     # With sorted lookups SGD sums a row's gradients before it adds them, which rounds otherwise.
     monkeypatch.setattr(Caffe2Engine, "row_blocks", lambda self, spec, table: 0)
-    if kind == "rowwise_adagrad":  # so do its parts
-        monkeypatch.setattr(Caffe2Engine, "faster", lambda self, spec, net: net)
+    monkeypatch.setattr(Caffe2Engine, "faster", lambda self, spec, net: net)  # so do the parts of an operator
     backend, spec = load_backend("caffe2"), under(kind)
     batch, parameters = batch_of(spec), initial_parameters(spec)
     content = {}

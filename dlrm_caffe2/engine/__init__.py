@@ -43,7 +43,10 @@ class NetEngine(Protocol):
         """
 
     def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
-        """A net with the same result, or the same net: what this engine predicts or trains with in its place."""
+        """A net with the same result, or the same net: what this engine predicts or trains with in its place.
+
+        Only its external outputs need hold what they would. Blobs that it reads besides are fed here.
+        """
 
     def close(self) -> None:
         """Free everything. Idempotent."""

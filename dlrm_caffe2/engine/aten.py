@@ -7,50 +7,21 @@ corrupts memory, the kernels refuse.
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dlrm_caffe2.check import check_net, operator_name
+from dlrm_caffe2.check import check_net
 from dlrm_caffe2.engine.one_hot import without_bags
-from dlrm_caffe2.net import outside_blobs
-from dlrm_caffe2.operators import Node, Operator, OperatorError, record
-from dlrm_caffe2.operators.record import TensorType
+from dlrm_caffe2.engine.one_product import one_product
+from dlrm_caffe2.engine.overwrite import overwrite
+from dlrm_caffe2.engine.plan import Plan, Step, Stretch, make_plan
+from dlrm_caffe2.operators import OperatorError
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 from spec.memory import keep_freed_memory
 from spec.model import ModelSpec
 from spec.parameters import Arrays
-
-
-@dataclass
-class _Step:
-    """One operator of a net.
-
-    Attributes:
-        accepted: the input types that its rule has let through last.
-        sizes_vary: its rule could not tell the size of an output then: it depends on values (Unique's, Split's).
-        made: the output types that it had last, where they vary.
-    """
-
-    where: str
-    node: Node
-    operator: Operator
-    accepted: tuple | None = None
-    sizes_vary: bool = False
-    made: tuple | None = None
-
-
-@dataclass
-class _Plan:
-    """What is known of a net before it runs. `reads` are the blobs that it needs, `types` theirs when it ran last:
-    while they stay the same, and what steps whose sizes vary make, no step need be asked again what it accepts.
-    Of the steps those that one kernel may take together are in one list."""
-
-    steps: list[list[_Step]]
-    reads: tuple[str, ...]
-    types: list | None = None
 
 
 class AtenEngine:
@@ -66,7 +37,10 @@ class AtenEngine:
         keep_freed_memory()
         self._device = torch.device(device)
         self._blobs: dict[str, Any] = {}
-        self._nets: dict[str, _Plan] = {}
+        self._nets: dict[str, Plan] = {}
+        self._settled: Plan | None = None
+        self._fed: dict[str, tuple] = {}
+        self._weights: set[str] = set()
         self.threads = torch.get_num_threads()
         self.description = f"ATen kernels of PyTorch {torch.__version__}, {device}, {self.threads} threads"
 
@@ -84,10 +58,18 @@ class AtenEngine:
             try:
                 tensor = torch.from_numpy(_copied(arrays, dtype.newbyteorder("="))).to(self._device)
             except TypeError as error:
+                self._settled = None
                 raise EngineError(f"blob '{names[0]}': {error}") from None
             # Rows of one width share a storage: an operator may then take those of all tables for those of one.
-            parts = tensor.split([len(array) for array in arrays]) if len(arrays) > 1 else (tensor,)
+            shapes = [array.shape for array in arrays]
+            parts = tensor.split([shape[0] for shape in shapes]) if len(arrays) > 1 else (tensor,)
             self._blobs.update(zip(names, parts, strict=True))
+            for name in self._weights.intersection(names):
+                self._blobs[name] = _columns_first(self._blobs[name])
+            types = [(dtype, shape) for shape in shapes]
+            if list(map(self._fed.get, names)) != types:
+                self._fed.update(zip(names, types, strict=True))
+                self._settled = None
 
     def fetch(self, names: Sequence[str]) -> Arrays:
         """Copies of blobs. Raises EngineError for one that does not exist."""
@@ -103,7 +85,10 @@ class AtenEngine:
         """Check a net (see check.check_net) and keep it. Raises EngineError also for a name that is taken."""
         if net.name in self._nets:
             raise EngineError(f"net '{net.name}' exists already")
-        self._nets[net.name] = self._plan(net)
+        plan = self._nets[net.name] = self._plan(net)
+        self._weights.update(plan.weights)
+        for name in plan.weights:
+            self._blobs[name] = _columns_first(self._blobs[name])
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
         steps = self._net(name)
@@ -122,73 +107,81 @@ class AtenEngine:
         return 0
 
     def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
-        return without_bags(net)
+        net, blobs = one_product(spec, without_bags(net))
+        self.feed(blobs)
+        return overwrite(net)
 
     def close(self) -> None:
         self._blobs.clear()
         self._nets.clear()
 
-    def _plan(self, net: NetDef) -> _Plan:
-        nodes = check_net(net, self._blobs.keys())
-        steps = [_Step(operator_name(net.name, number, node.type), node, record(node.type))
-                 for number, node in enumerate(nodes)]
-        return _Plan(_side_by_side(steps), outside_blobs(net.op))
+    def _plan(self, net: NetDef) -> Plan:
+        return make_plan(net, check_net(net, self._blobs.keys()))
 
-    def _net(self, name: str) -> _Plan:
+    def _net(self, name: str) -> Plan:
         if name not in self._nets:
             raise EngineError(f"net '{name}' does not exist; create it first")
         return self._nets[name]
 
-    def _run(self, plan: _Plan, seconds: dict[str, float] | None = None) -> None:
-        """Run the steps; where `seconds` is given, add the time of each to that of its operator type."""
+    def _run(self, plan: Plan, seconds: dict[str, float] | None = None) -> None:
+        """Run the steps; where `seconds` is given, add the time of each to that of its operator type.
+
+        While the types of what is read stay the same, and what steps whose sizes vary make, no step need be asked again
+        what it accepts. Nothing has changed them where the plan ran last, left them as they were, and no other type was
+        fed.
+        """
         import torch
 
-        types = [_type(self._blobs[name]) for name in plan.reads]
+        settled, self._settled = plan is self._settled, None
+        types = plan.types if settled else self._types(plan)
         known, plan.types = types == plan.types, None
         with torch.inference_mode():
-            for steps in plan.steps:
+            for stretch in plan.stretches:
                 start = time.perf_counter()
-                if not (known and len(steps) > 1 and self._run_together(steps)):
-                    for step in steps:
+                if not (known and stretch.together and self._run_together(stretch)):
+                    for step in stretch.steps:
                         known = self._run_step(step, known) and known
                 if seconds is not None:
                     self._synchronize()
-                    type = steps[0].node.type
-                    seconds[type] = seconds.get(type, 0.0) + time.perf_counter() - start
+                    seconds[stretch.type] = seconds.get(stretch.type, 0.0) + time.perf_counter() - start
         plan.types = types
+        if known and (settled or self._types(plan) == types):
+            self._settled = plan
 
-    def _run_step(self, step: _Step, known: bool) -> bool:
+    def _types(self, plan: Plan) -> list[tuple]:
+        return [_type(self._blobs.get(name)) for name in plan.reads]
+
+    def _run_step(self, step: Step, known: bool) -> bool:
         """Asks its rule where its inputs are not `known`. False where what it made varies in size, and did."""
+        blobs = self._blobs
         try:
-            inputs = self._inputs(step)
+            inputs = [blobs[name] for name in step.inputs]
             if not known:
-                _check(step, inputs)
-            outputs = step.operator.aten(step.node, *inputs)
+                step.check(list(map(_type, inputs)))
+            outputs = step.aten(step.node, *inputs)
         except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
             raise EngineError(f"{step.where}: {error}") from error
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        for name, output in zip(step.node.outputs, outputs, strict=True):
-            self._blobs[name] = output if inputs else output.to(self._device)  # kernels without inputs know no device
+        if not inputs:  # such kernels know no device
+            outputs = tuple(output.to(self._device) for output in outputs)
+        blobs.update(zip(step.outputs, outputs, strict=True))
         if not step.sizes_vary:
             return True
         before, step.made = step.made, tuple(map(_type, outputs))
         return before == step.made
 
-    def _run_together(self, steps: Sequence[_Step]) -> bool:
+    def _run_together(self, stretch: Stretch) -> bool:
         """False where their kernel does not take them."""
+        blobs = self._blobs
         try:
-            outputs = steps[0].operator.aten_many([step.node for step in steps], list(map(self._inputs, steps)))
+            outputs = stretch.together(*([blobs[name] for name in names] for names in stretch.inputs))
         except RuntimeError as error:
-            raise EngineError(f"{steps[0].where} and the {len(steps) - 1} after it: {error}") from error
+            raise EngineError(f"{stretch.steps[0].where} and the {len(stretch.steps) - 1} after it: {error}") from error
         if outputs is None:
             return False
-        for step, output in zip(steps, outputs, strict=True):
-            self._blobs[step.node.outputs[0]] = output
+        blobs.update(zip(stretch.outputs, outputs, strict=True))
         return True
-
-    def _inputs(self, step: _Step) -> list:
-        return [self._blobs[name] for name in step.node.inputs]
 
     def _synchronize(self) -> None:
         import torch
@@ -204,28 +197,10 @@ def _copied(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return np.concatenate(arrays, dtype=dtype)
 
 
-def _side_by_side(steps: Sequence[_Step]) -> list[list[_Step]]:
-    """In their order; together are neighbours of one type with a kernel for many, none of which reads another's."""
-    stretches: list[list[_Step]] = []
-    made: set[str] = set()
-    for step in steps:
-        if not (stretches and step.operator.aten_many and step.operator is stretches[-1][0].operator
-                and made.isdisjoint((*step.node.inputs, *step.node.outputs))):
-            stretches.append([])
-            made = set()
-        stretches[-1].append(step)
-        made.update(step.node.outputs)
-    return stretches
+def _columns_first(weight: Any) -> Any:
+    """The same [N, K], lying as [K, N]: MKL is up to twice as fast then where K is odd, or large for the batch."""
+    return weight.t().contiguous().t() if weight.dim() == 2 else weight
 
 
-def _type(tensor: Any) -> tuple:
-    return tensor.dtype, tensor.shape
-
-
-def _check(step: _Step, inputs: Sequence[Any]) -> None:
-    """Raise OperatorError where the step's rule refuses its inputs."""
-    types = tuple(map(_type, inputs))
-    if types != step.accepted:  # the rule depends on the types alone
-        made = step.operator.infer(step.node, [
-            TensorType(np.dtype(str(dtype).removeprefix("torch.")), tuple(shape)) for dtype, shape in types])
-        step.accepted, step.sizes_vary = types, any(-1 in output.shape for output in made)
+def _type(tensor: Any) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape)

@@ -23,6 +23,7 @@ from dlrm_caffe2.engine import protocol
 from dlrm_caffe2.engine.blas import MKL, current_settings
 from dlrm_caffe2.engine.faster import faster
 from dlrm_caffe2.engine.one_hot import without_bags
+from dlrm_caffe2.engine.one_product import one_product
 from dlrm_caffe2.engine.stages import stages
 from dlrm_caffe2.engine.venv import check_installed, interpreter
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
@@ -143,7 +144,10 @@ class Caffe2Engine:
         return ceil(4 * spec.embedding_dim * min(rows, spec.batch_size * bag) / BLOCK_BYTES)
 
     def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
-        return faster(without_bags(net), spec.embedding_dim)
+        net, blobs = one_product(spec, without_bags(net))
+        if blobs:
+            self.feed(blobs)
+        return faster(net, spec.embedding_dim)
 
     def reset(self) -> None:
         """Drop every blob and net; the worker stays."""

@@ -1,6 +1,6 @@
 """Tables of which every sample looks one row up: bags of one row need not be summed."""
 
-from dlrm_caffe2.net import argument, make_operator, outside_blobs
+from dlrm_caffe2.net import argument, make_operator, with_operators
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 
 _SUMS = ("SparseLengthsSum", "SparseLengthsMean")
@@ -25,9 +25,4 @@ def without_bags(net: NetDef) -> NetDef:
             sources[operator.output[0]] = operator.input[0]
         else:
             operators.append(operator)
-    result = NetDef.FromString(net.SerializeToString())
-    del result.op[:], result.external_input[:]
-    result.op.extend(operators)
-    read = outside_blobs(operators)
-    result.external_input.extend(name for name in net.external_input if name in read)
-    return result
+    return with_operators(net, operators)

@@ -69,16 +69,22 @@ def _label_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 
 
 def _chosen(node: Node, x, label):
-    """X as [N, classes] and the label as int64 [N, 1], once every label is known to be a class."""
-    x_NC = x.reshape(len(x), math.prod(x.shape[1:]))
-    expect_indices(node, 1, label, x_NC.shape[1])
-    return x_NC, label.reshape(-1, 1).long()
+    """X as [N, classes], the label as int64 [N, 1], and x of the label [N, 1]. Every label has to be a class."""
+    x_NC = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    label_N1 = label.reshape(-1, 1).long()
+    if not x.is_cpu:  # there, gather stops the process
+        expect_indices(node, 1, label, x_NC.shape[1])
+    try:
+        return x_NC, label_N1, x_NC.gather(1, label_N1)
+    except RuntimeError:
+        expect_indices(node, 1, label, x_NC.shape[1])
+        raise
 
 
 def _label_aten(node: Node, x, label):
     """-log(max(p, 1e-20)) of the probability of each sample's class."""
-    x_NC, label_N1 = _chosen(node, x, label)
-    return -x_NC.gather(1, label_N1).squeeze(1).clamp_min(LOG_FLOOR).log()
+    _, _, p_N1 = _chosen(node, x, label)
+    return p_N1.squeeze(1).clamp_min_(LOG_FLOOR).log_().neg_()
 
 
 def _label_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
@@ -97,9 +103,9 @@ def _label_gradient_aten(node: Node, x, label, dy):
     """-dY / max(p, 1e-20) at the class, 0 elsewhere. Caffe2 does not check the label here and writes outside dX."""
     import torch
 
-    x_NC, label_N1 = _chosen(node, x, label)
-    at_label = -dy.unsqueeze(1) / x_NC.gather(1, label_N1).clamp_min(LOG_FLOOR)
-    return torch.zeros_like(x_NC).scatter_(1, label_N1, at_label).reshape(x.shape)
+    x_NC, label_N1, p_N1 = _chosen(node, x, label)
+    at_label = dy.unsqueeze(1).div(p_N1.clamp_min_(LOG_FLOOR)).neg_()
+    return torch.zeros_like(x_NC).scatter_(1, label_N1, at_label).view(x.shape)
 
 
 def _logits_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:

@@ -46,11 +46,15 @@ def _matrix(x, axis: int):
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
+def _like(x, shape: Sequence[int]):
+    return x if x.shape == shape else x.reshape(shape)
+
+
 def _fc_aten(node: Node, x, w, b):
     import torch
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
-    y_MN = torch.addmm(b, x_MK, w_NK.T)
+    y_MN = torch.addmm(b, x_MK, w_NK.t())
     return y_MN if x_MK is x else y_MN.reshape(*x.shape[:node.args["axis"]], b.shape[0])
 
 
@@ -87,12 +91,14 @@ def _fc_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorT
 
 
 def _fc_gradient_aten(node: Node, x, w, dy):
+    """dW lies in memory as W does, which may be as [K, N]."""
     import torch
 
     x_MK, w_NK = _matrix(x, node.args["axis"]), _matrix(w, node.args["axis_w"])
-    dy_MN = dy.reshape(x_MK.shape[0], w_NK.shape[0])
-    dw, db = torch.mm(dy_MN.T, x_MK).reshape(w.shape), dy_MN.sum(0)
-    return (dw, db) if len(node.outputs) == 2 else (dw, db, torch.mm(dy_MN, w_NK).reshape(x.shape))
+    dy_MN = _like(dy, (x_MK.shape[0], w_NK.shape[0]))
+    dw_NK = torch.mm(dy_MN.t(), x_MK) if w_NK.is_contiguous() else torch.mm(x_MK.t(), dy_MN).t()
+    dw, db = _like(dw_NK, w.shape), dy_MN.sum(0)
+    return (dw, db) if len(node.outputs) == 2 else (dw, db, _like(torch.mm(dy_MN, w_NK), x.shape))
 
 
 def _fc_gradient_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -136,7 +142,8 @@ def _bmm_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 def _bmm_aten(node: Node, a, b):
     import torch
 
-    return torch.matmul(a.mT if node.args["trans_a"] else a, b.mT if node.args["trans_b"] else b)
+    multiply = torch.bmm if a.dim() == 3 else torch.matmul
+    return multiply(a.mT if node.args["trans_a"] else a, b.mT if node.args["trans_b"] else b)
 
 
 def _bmm_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -168,7 +175,7 @@ def _bmm_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
 def _relu_aten(node: Node, x):
     import torch
 
-    return torch.relu(x)
+    return torch.relu_(x) if node.overwrites(0) else torch.relu(x)
 
 
 def _activation_gradient(type: str):
@@ -181,17 +188,21 @@ def _activation_gradient(type: str):
 def _relu_gradient_aten(node: Node, y, dy):
     import torch
 
+    if node.overwrites(1):
+        return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def _sigmoid_aten(node: Node, x):
     import torch
 
-    return torch.sigmoid(x)
+    return torch.sigmoid_(x) if node.overwrites(0) else torch.sigmoid(x)
 
 
 def _sigmoid_gradient_aten(node: Node, y, dy):
-    return dy * y * (1 - y)
+    import torch
+
+    return torch.ops.aten.sigmoid_backward(dy, y)
 
 
 # Not ONNX's Sigmoid: ONNX Runtime's is good to 1e-7 in absolute terms only, 100 % off at -18.
@@ -238,11 +249,11 @@ OPERATORS = [
     Operator("BatchMatMul", (2, 2), (1, 1), _bmm_infer, _bmm_aten, _TRANSPOSED, _bmm_gradient,
              _bmm_onnx),
     Operator("Relu", (1, 1), (1, 1), same_as_input(), _relu_aten, gradient=_activation_gradient("ReluGradient"),
-             onnx=simple("X", "Y = Relu(X)")),
+             onnx=simple("X", "Y = Relu(X)"), overwrites=0),
     Operator("ReluGradient", (2, 2), (1, 1), same_as_input(), _relu_gradient_aten,
-             onnx=simple("Y, dY", _RELU_GRADIENT, outputs="dX")),
+             onnx=simple("Y, dY", _RELU_GRADIENT, outputs="dX"), overwrites=1),
     Operator("Sigmoid", (1, 1), (1, 1), same_as_input(), _sigmoid_aten,
-             gradient=_activation_gradient("SigmoidGradient"), onnx=simple("X", _SIGMOID)),
+             gradient=_activation_gradient("SigmoidGradient"), onnx=simple("X", _SIGMOID), overwrites=0),
     Operator("SigmoidGradient", (2, 2), (1, 1), same_as_input(), _sigmoid_gradient_aten,
              onnx=simple("Y, dY", _SIGMOID_GRADIENT, outputs="dX")),
 ]

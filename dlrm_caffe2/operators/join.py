@@ -5,6 +5,8 @@ A kernel never returns a view of its input: a later operator may update that in 
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dlrm_caffe2.operators.lowering import function, numbered
 from dlrm_caffe2.operators.record import (
     INT32,
@@ -67,10 +69,10 @@ def _concat_aten(node: Node, *inputs):
     """The joined tensor and, as int32, the lengths of its pieces."""
     import torch
 
-    lengths = piece_lengths(node, [piece.shape for piece in inputs])
-    info = torch.tensor(lengths, dtype=torch.int32, device=inputs[0].device)
-    axis = _axis(node, inputs[0].dim() + _stacks(node))
-    return (torch.stack if _stacks(node) else torch.cat)(inputs, axis), info
+    axis, stacks = node.args["axis"], _stacks(node)
+    lengths = [1] * len(inputs) if stacks else [piece.shape[axis] for piece in inputs]
+    info = torch.from_numpy(np.array(lengths, np.int32)).to(inputs[0].device)  # torch.tensor takes three times as long
+    return (torch.stack if stacks else torch.cat)(inputs, axis), info
 
 
 def _concat_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -132,7 +134,7 @@ def _expect_pieces(node: Node, sizes: Sequence[int], channels: int) -> None:
 def _split_aten(node: Node, x, lengths=None):
     import torch
 
-    axis = _axis(node, x.dim())
+    axis = node.args["axis"]
     if _stacks(node):
         # All pieces in one new block of memory.
         return x.movedim(axis, 0).clone(memory_format=torch.contiguous_format).unbind(0)

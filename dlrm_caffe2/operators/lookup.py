@@ -17,6 +17,7 @@ from dlrm_caffe2.operators.record import (
     Arg,
     Gradient,
     GradientOps,
+    Many,
     Node,
     Operator,
     Slice,
@@ -346,8 +347,7 @@ def _gather_aten(node: Node, data, indices):
     return rows if indices.dim() == 1 else rows.reshape((*indices.shape, *data.shape[1:]))
 
 
-def _gather_many(nodes: Sequence[Node], inputs: Sequence[list]):
-    data, indices = zip(*inputs, strict=True)
+def _gather_many(data: Sequence, indices: Sequence):
     found = joined_lookup(data, indices)
     if found is None:
         return None
@@ -376,5 +376,5 @@ OPERATORS = [
     Operator(_GRADIENT.format("WeightedSumWithMainInput"), (5, 5), (2, 2), _main_input_infer, _main_input_aten,
              _WEIGHTED, onnx=_spread_onnx),
     Operator("Gather", (2, 2), (1, 1), _gather_infer, _gather_aten, gradient=_gather_gradient,
-             onnx=simple("D, I", "Y = Gather(D, I)"), aten_many=_gather_many),
+             onnx=simple("D, I", "Y = Gather(D, I)"), aten_many=Many(lambda node: (), _gather_many)),
 ]

@@ -192,6 +192,8 @@ def _average_gradient_aten(node: Node, x, dy):
     import torch
 
     return (dy.reshape(()) / max(x.numel(), 1)).expand(x.shape).clone(memory_format=torch.contiguous_format)
+
+
 _DISTANCE = """
     half = Constant<value_float = 0.5>()
     axis = Constant<value_ints = [1]>()

@@ -6,7 +6,7 @@ Updates add `lr * gradient`, so the learning rate is negative.
 from collections.abc import Sequence
 
 from dlrm_caffe2.operators.lowering import as_scalar, function, numbered, reshaped, simple
-from dlrm_caffe2.operators.record import FLOAT, INT64, Arg, Node, Operator, TensorType
+from dlrm_caffe2.operators.record import FLOAT, INT64, Arg, Many, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import (
     ANY_NUMBER,
     expect_dtype,
@@ -38,14 +38,17 @@ def _weighted_sum_aten(node: Node, x, weight, *others):
     return total
 
 
-def _weighted_sum_many(nodes: Sequence[Node], inputs: Sequence[list]):
-    """Of two tensors each, the first in place, with the same weights throughout, of which the first is 1."""
+def _steps(node: Node) -> tuple | None:
+    """The weights of two tensors, of which the first is updated in place by the second."""
+    if len(node.inputs) != 4 or node.outputs[0] != node.inputs[0] or node.inputs[0] == node.inputs[2]:
+        return None
+    return node.inputs[1::2]
+
+
+def _weighted_sum_many(totals: Sequence, weights: Sequence, others: Sequence, rates: Sequence):
+    """The first weight is 1."""
     import torch
 
-    if any(len(node.inputs) != 4 or node.outputs[0] != node.inputs[0] or node.inputs[0] == node.inputs[2]
-           or node.inputs[1::2] != nodes[0].inputs[1::2] for node in nodes):
-        return None
-    totals, weights, others, rates = zip(*inputs, strict=True)
     if float(weights[0]) != 1 or any(x.shape != other.shape for x, other in zip(totals, others, strict=True)):
         return None
     torch._foreach_add_(totals, others, alpha=float(rates[0]))
@@ -164,7 +167,7 @@ MISSPELT = ("decay_", "weight_decay_")
 
 OPERATORS = [
     Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten,
-             onnx=_weighted_sum_onnx, aten_many=_weighted_sum_many),
+             onnx=_weighted_sum_onnx, aten_many=Many(_steps, _weighted_sum_many)),
     Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, ADAGRAD | DECAY,
              onnx=_adagrad_onnx, ignored=MISSPELT),
     Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient,

@@ -4,7 +4,7 @@ The validity check, `gradient.py`, the engines, the exporter and the operator te
 A module of this folder holds one family of operators and lists its records in OPERATORS.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,6 +73,10 @@ class Node:
     def error(self, message: str) -> OperatorError:
         return OperatorError(f"{self.type}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}: {message}")
 
+    def overwrites(self, position: int) -> bool:
+        """Whether the first output is the blob of this input."""
+        return self.outputs[0] == self.inputs[position]
+
     def require(self, condition: bool, message: str) -> None:
         """Raise OperatorError unless `condition`."""
         if not condition:
@@ -104,9 +108,18 @@ passed `infer`; checks of values (an index in range, lengths that add up) are ma
 torch is imported inside, so that nets can be built and checked without it. For an output that Caffe2 updates
 in place the kernel writes into the input tensor and returns it."""
 
-AtenMany = Callable[[Sequence[Node], Sequence[list]], Sequence[Any] | None]
-"""(nodes, tensors of each) -> the output of each: for operators of one output that stand side by side in a net, none of
-which reads what another makes. None where they are better run, or refused, one by one: nothing is written then."""
+
+class Many(NamedTuple):
+    """A kernel for operators of one output that stand side by side in a net, none of which reads what another makes.
+
+    key: of a node; those that it takes together have the same one, and None is for those that it takes not at all.
+    aten: (first inputs, second inputs, ...) -> the output of each operator. None where they are better run, or refused,
+        one by one: nothing is written then.
+    """
+
+    key: Callable[[Node], Hashable]
+    aten: Callable[..., Sequence[Any] | None]
+
 
 Onnx = Callable[[Node, Sequence[int]], str]
 """(node, rank of each input) -> a model-local ONNX function that computes it, made by `lowering.function`. It checks
@@ -122,6 +135,7 @@ class Operator:
         args: its arguments by name; others are an error here, though Caffe2 ignores them silently.
         ignored: arguments that Caffe2 ignores and that nets in circulation have, besides HELPERS.
         in_place: {output position: input position} of outputs that must be the very same blob.
+        overwrites: the position of an input of which the first output may be the blob: the aten kernel uses its memory.
         infer, gradient, aten, aten_many, onnx: see the aliases above; gradient None means not differentiable,
             onnx None means not exported.
     """
@@ -134,9 +148,10 @@ class Operator:
     args: Mapping[str, Arg] = field(default_factory=dict)
     gradient: MakeGradient | None = None
     onnx: Onnx | None = None
-    aten_many: AtenMany | None = None
+    aten_many: Many | None = None
     in_place: Mapping[int, int] = field(default_factory=dict)
     ignored: Collection[str] = ()
+    overwrites: int | None = None
 
     def node(self, definition: OperatorDef) -> Node:
         """Read and check a definition. Raises OperatorError as Caffe2's schema check would."""

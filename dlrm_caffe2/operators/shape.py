@@ -46,7 +46,8 @@ def _flatten_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 
 def _flatten_aten(node: Node, x):
     axis = node.args["axis"]
-    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:])).clone()
+    matrix = x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+    return matrix if node.overwrites(0) else matrix.clone()
 
 
 def _flatten_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -90,7 +91,9 @@ def _batch_gather_infer(node: Node, inputs: Sequence[TensorType]) -> list[Tensor
 def _batch_gather_aten(node: Node, data, indices):
     """Unlike Gather's, a negative index is refused."""
     expect_indices(node, 1, indices, data.shape[1])
-    return data.index_select(1, indices.reshape(-1)).reshape(len(data), *indices.shape, *data.shape[2:])
+    if indices.dim() == 1:
+        return data.index_select(1, indices)
+    return data.index_select(1, indices.reshape(-1)).reshape(data.shape[0], *indices.shape, *data.shape[2:])
 
 
 def _batch_gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
@@ -190,8 +193,8 @@ def _copy_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
 
 
 def _sum_aten(node: Node, first, *others):
-    total = first.clone()
-    for other in others:
+    total = first + others[0] if others else first.clone()
+    for other in others[1:]:
         total += other
     return total
 
@@ -236,7 +239,8 @@ _VECTOR = """
 _FLATTEN = {"axis": Arg("i", 1)}  # reaches ResizeLike, its gradient
 
 OPERATORS = [
-    Operator("Flatten", (1, 1), (1, 1), _flatten_infer, _flatten_aten, _FLATTEN, _resize_gradient, _flatten_onnx),
+    Operator("Flatten", (1, 1), (1, 1), _flatten_infer, _flatten_aten, _FLATTEN, _resize_gradient, _flatten_onnx,
+             overwrites=0),
     Operator("FlattenToVec", (1, 1), (1, 1), _vector_infer, _vector_aten, gradient=_resize_gradient,
              onnx=simple("X", _VECTOR)),
     Operator("ResizeLike", (2, 2), (1, 1), _resize_infer, _resize_aten, _FLATTEN,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dlrm_caffe2.operators.distinct import run_starts
 from dlrm_caffe2.operators.lowering import as_scalar, function, reshaped
 from dlrm_caffe2.operators.optimizer import ADAGRAD, DECAY, MISSPELT, adagrad_constants, adagrad_step
-from dlrm_caffe2.operators.record import FLOAT, Arg, Node, Operator, TensorType
+from dlrm_caffe2.operators.record import FLOAT, Arg, Many, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import (
     INDEX,
     expect_dtype,
@@ -72,12 +72,11 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     return x
 
 
-def _scatter_many(nodes: Sequence[Node], inputs: Sequence[list]):
-    """Of updates with the same weights alone, and w0 = 1."""
+def _scatter_many(tables: Sequence, kept: Sequence, indices: Sequence, values: Sequence, weights: Sequence):
+    """The old rows' weight is 1."""
     import torch
 
-    tables, kept, indices, values, weights = zip(*inputs, strict=True)
-    if float(kept[0]) != 1 or any(node.inputs[1::3] != nodes[0].inputs[1::3] for node in nodes):
+    if float(kept[0]) != 1:
         return None
     found = joined_lookup(tables, indices)
     if found is None:
@@ -249,7 +248,7 @@ _BOTH = {0: 0, 1: 1}
 
 OPERATORS = [
     Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, _DISTINCT,
-             onnx=_scatter_onnx, in_place={0: 0}, aten_many=_scatter_many),
+             onnx=_scatter_onnx, in_place={0: 0}, aten_many=Many(lambda node: node.inputs[1::3], _scatter_many)),
     Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
              ADAGRAD | DECAY | _DISTINCT, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=MISSPELT),
     Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),

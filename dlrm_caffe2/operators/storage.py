@@ -1,29 +1,108 @@
-"""Tables that are slices of one storage, one after the other: what is looked up in all of them is one lookup."""
+"""Tensors that lie in one storage: what is done to each of them can be done at once.
 
-from collections.abc import Sequence
-from typing import Any
+What is found out about them is kept on the first of them, and holds as long as they are where they were.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from operator import attrgetter, ge, methodcaller
+from typing import Any, NamedTuple
+
+_place, _shape, _dtype, _contiguous = (methodcaller("data_ptr"), attrgetter("shape"), attrgetter("dtype"),
+                                       methodcaller("is_contiguous"))
+
+
+class _Tables(NamedTuple):
+    """Attributes:
+
+    places, shapes: of the tables.
+    storage: [N, ...], all rows from the first to the last of them.
+    first_T1: int64 [T, 1], which row of it is the first of each table.
+    counts: how many rows each table has.
+    """
+
+    places: list[int]
+    shapes: list[tuple[int, ...]]
+    storage: Any
+    first_T1: Any
+    counts: list[int]
+
+
+class _Rows(NamedTuple):
+    """Attributes:
+
+    places, version: of the indices.
+    tables: those that they are for.
+    rows: [T * K], of the joined tables.
+    """
+
+    places: list[int]
+    version: int
+    tables: _Tables
+    rows: Any
 
 
 def joined_lookup(tables: Sequence[Any], indices: Sequence[Any]) -> tuple[Any, Any] | None:
-    """The storage [rows of all, ...], and the rows of it [T * K] that the indices [K] of each of T tables name.
+    """A tensor [N, ...] with the rows of T tables, and the rows of it [T * K] that the indices [K] of each name.
 
-    None where that cannot be said: the tables are no such slices, the indices are not all of one type and size, or one
-    is negative or beyond its table.
+    None where that cannot be said: the tables do not lie in one storage, the indices are not all of one type and size,
+    or one is negative or beyond its table.
     """
+    joined = _joined(tables)
+    rows = None if joined is None else _joined_rows(indices, joined)
+    return None if rows is None else (joined.storage, rows)
+
+
+def _joined(tables: Sequence[Any]) -> _Tables | None:
     import torch
 
-    storage, (K, *more) = tables[0]._base, indices[0].shape
-    if storage is None or more or not K or len({(index.dtype, index.shape) for index in indices}) > 1:
+    places, shapes = list(map(_place, tables)), list(map(_shape, tables))
+    known = getattr(tables[0], "_dlrm_joined", None)
+    if known and known.places == places and known.shapes == shapes:
+        return known
+    start = min(places)
+    lowest = tables[places.index(start)]
+    row, whole = lowest.stride(0) * lowest.element_size(), lowest.shape[1:]
+    if not (row and _alike(map(_dtype, tables)) and _alike(shape[1:] for shape in shapes)
+            and all(map(_contiguous, tables))):
         return None
-    whole, strides, start = storage.shape[1:], storage.stride(), storage.storage_offset()
-    if any(table._base is not storage or table.shape[1:] != whole or table.stride() != strides for table in tables):
+    first, within = zip(*(divmod(place - start, row) for place in places), strict=True)
+    counts = [shape[0] for shape in shapes]
+    rows = max(map(sum, zip(first, counts, strict=True)))
+    if any(within) or start + rows * row > _end(lowest):
         return None
-    places = [divmod(table.storage_offset() - start, strides[0]) for table in tables]
-    if any(within for _, within in places):
+    storage = lowest.as_strided((rows, *whole), lowest.stride())
+    first_T1 = torch.tensor(first, device=lowest.device)[:, None]
+    tables[0]._dlrm_joined = joined = _Tables(places, shapes, storage, first_T1, counts)
+    return joined
+
+
+def _joined_rows(indices: Sequence[Any], tables: _Tables) -> Any | None:
+    """Remembered on indices that lie together, until they are written to: a step looks up and then updates the same
+    rows."""
+    import torch
+
+    first, places = indices[0], list(map(_place, indices))
+    known = getattr(first, "_dlrm_rows", None)
+    if known and known.places == places and known.version == first._version and known.tables is tables:
+        return known.rows
+    if first.dim() != 1 or not first.numel() or not (_alike(map(_dtype, indices)) and _alike(map(_shape, indices))):
         return None
     indices_TK = torch.stack(list(indices))
     low_T, high_T = (bound.tolist() for bound in indices_TK.aminmax(dim=1))
-    if min(low_T) < 0 or any(high >= table.shape[0] for high, table in zip(high_T, tables, strict=True)):
+    if min(low_T) < 0 or any(map(ge, high_T, tables.counts)):
         return None
-    first_T = torch.tensor([first for first, _ in places], dtype=indices_TK.dtype, device=indices_TK.device)
-    return storage, indices_TK.add_(first_T[:, None]).view(-1)
+    rows = (indices_TK + tables.first_T1).view(-1)
+    # Of one storage, they count their writes together; PyTorch counts none to inference tensors.
+    if not first.is_inference() and first.data_ptr() <= min(places) and max(places) + first.nbytes <= _end(first):
+        first._dlrm_rows = _Rows(places, first._version, tables, rows)
+    return rows
+
+
+def _alike(values: Iterable[Hashable]) -> bool:
+    return len(set(values)) == 1
+
+
+def _end(tensor: Any) -> int:
+    """Where its storage ends."""
+    memory = tensor.untyped_storage()
+    return memory.data_ptr() + memory.nbytes()

@@ -32,7 +32,8 @@ CAFFE2 = {
         UnsortedSegmentSum""",
 }
 """What each of Caffe2's operators is part of in our nets. Gather fetches pooling weights and one-hot rows, Sum adds the
-two gradients of the bottom MLP's output, and the gradients of Concat are Splits."""
+two gradients of the bottom MLP's output, and the gradients of Concat are Splits. What `one_product` fills with zeros
+counts as the loss."""
 
 _PART = {name: part for part, names in CAFFE2.items() for name in names.split()}
 
