@@ -168,6 +168,7 @@ def test_what_is_known_of_tables_and_rows_is_forgotten_with_them(together: list[
 
     change({})
     change(new)
+    change({"w1": blobs["w1"] + 1})
     change({"w0": blobs["w0"] + 1})
     change(tables(2))
     change({f"i{n}": np.zeros(4, np.int64) for n in range(3)})
@@ -179,6 +180,17 @@ def test_what_is_known_of_tables_and_rows_is_forgotten_with_them(together: list[
     for _ in range(2):
         check_run()
     assert True in together and False in together
+
+
+def test_tables_that_are_looked_up_alike_are_told_apart(together: list[bool]):
+    first, second = tables(2), tables(2, rows=(9, 8, 6))
+    blobs = first | lookups() | {f"v{name[1:]}": table for name, table in second.items()}
+    others = [make_operator("Gather", [f"v{n}", f"i{n}"], [f"p{n}"]) for n in range(3)]
+    operators = [*GATHERS, make_operator("Copy", ["o0"], ["c"]), *others]
+    found = run(operators, [blobs], [operators])
+    for n in range(3):
+        np.testing.assert_array_equal(found[f"p{n}"], blobs[f"v{n}"][blobs[f"i{n}"]])
+    assert together == [True] * 4
 
 
 def test_criteos_step_takes_its_tables_together(together: list[bool]):

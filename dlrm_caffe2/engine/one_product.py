@@ -14,8 +14,8 @@ _FEATURES = "interaction.features"
 def one_product(spec: ModelSpec, net: NetDef) -> tuple[NetDef, Arrays]:
     """A copy of the net, or the net itself where there is nothing to do, and the blobs that it reads besides.
 
-    For P = X X', dX is dP X + dP' X = (dP + dP') X. The sum is symmetric: each pair's gradient stands at two places, and
-    on the diagonal its double with self-interaction, zeros without. All of it is looked up in the gradient of the
+    For P = X X', dX is dP X + dP' X = (dP + dP') X. The sum is symmetric: each pair's gradient stands at two places, on
+    the diagonal its double with self-interaction, zeros without. All of it is looked up in the gradient of the
     interaction's output, beside which the diagonal is put; so is the dense vector's. The result differs by rounding.
     """
     scatter = next((operator for operator in net.op if operator.type == "BatchGatherGradient"), None)
