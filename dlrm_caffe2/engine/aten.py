@@ -162,6 +162,9 @@ class AtenEngine:
         except (OperatorError, RuntimeError) as error:  # RuntimeError: PyTorch's own, such as out of memory
             raise EngineError(f"{step.where}: {error}") from error
         if not isinstance(outputs, tuple):
+            if step.plain:
+                blobs[step.outputs[0]] = outputs
+                return True
             outputs = (outputs,)
         if not inputs:  # such kernels know no device
             outputs = tuple(output.to(self._device) for output in outputs)

@@ -17,7 +17,8 @@ class Step:
 
     Attributes:
         where: how errors name it.
-        sizes_vary: its rule could not tell the size of an output: it depends on values (Unique's, Split's).
+        plain: it has inputs, and its rule told the sizes of its outputs.
+        sizes_vary: its rule could not tell one: it depends on values (Unique's, Split's).
         made: the types of its outputs when it ran last, where they vary.
     """
 
@@ -26,7 +27,7 @@ class Step:
         self.operator = record(node.type)
         self.aten: Aten = self.operator.aten
         self.inputs, self.outputs = node.inputs, node.outputs
-        self.sizes_vary = False
+        self.plain = self.sizes_vary = False
         self.made: tuple | None = None
         self._accepted: list[tuple] | None = None
 
@@ -36,6 +37,7 @@ class Step:
             made = self.operator.infer(self.node, [
                 TensorType(np.dtype(str(dtype).removeprefix("torch.")), tuple(shape)) for dtype, shape in types])
             self._accepted, self.sizes_vary = types, any(-1 in output.shape for output in made)
+            self.plain = bool(self.inputs) and not self.sizes_vary
 
 
 class Stretch:

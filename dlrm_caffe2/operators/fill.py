@@ -8,7 +8,7 @@ import numpy as np
 from dlrm_caffe2.net import DTYPES
 from dlrm_caffe2.operators.lowering import function, onnx_type
 from dlrm_caffe2.operators.record import FLOAT, INT32, INT64, Arg, Node, Operator, TensorType
-from dlrm_caffe2.operators.rules import no_gradient
+from dlrm_caffe2.operators.rules import no_gradient, torch_dtype
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def _constant_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType
 def _constant_aten(node: Node, like=None):
     import torch
 
-    dtype, value = getattr(torch, _constant_dtype(node).name), node.args["value"] or 0
+    dtype, value = torch_dtype(_constant_dtype(node)), node.args["value"] or 0
     return torch.full(_shape(node), value, dtype=dtype) if like is None else torch.full_like(like, value, dtype=dtype)
 
 

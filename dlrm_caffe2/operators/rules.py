@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,14 @@ def expect_rank(node: Node, inputs: Sequence[TensorType], position: int, least: 
     node.require(least <= rank and (greatest is None or rank <= greatest),
                  f"input {position} ('{node.inputs[position]}'): expected rank {least}"
                  f"{'' if greatest == least else ' or more' if greatest is None else f' to {greatest}'}, found {rank}")
+
+
+@cache
+def torch_dtype(dtype: np.dtype) -> Any:
+    """PyTorch's of the same name."""
+    import torch
+
+    return getattr(torch, dtype.name)
 
 
 def bounds(integers) -> tuple[int, int]:

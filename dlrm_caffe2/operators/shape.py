@@ -34,6 +34,7 @@ from dlrm_caffe2.operators.rules import (
     expect_size,
     same_as_input,
     size,
+    torch_dtype,
 )
 from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS
 
@@ -169,9 +170,7 @@ def _cast_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 
 
 def _cast_aten(node: Node, x):
-    import torch
-
-    return x.to(getattr(torch, DTYPES[node.args["to"]].name), copy=True)
+    return x.to(torch_dtype(DTYPES[node.args["to"]]), copy=True)
 
 
 def _cast_onnx(node: Node, ranks: Sequence[int]) -> str:
