@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dlrm_caffe2.engine.aten import AtenEngine
 from dlrm_caffe2.engine.plan import Stretch
@@ -15,8 +16,6 @@ from spec.backend import load_backend
 from spec.data.random import random_batch
 from spec.errors import EngineError
 from spec.parameters import initial_parameters
-
-pytest.importorskip("torch")
 
 Blobs = Mapping[str, np.ndarray]
 RNG = np.random.default_rng(0)
@@ -180,6 +179,19 @@ def test_what_is_known_of_tables_and_rows_is_forgotten_with_them(together: list[
     for _ in range(2):
         check_run()
     assert True in together and False in together
+
+
+def test_tables_are_gone_as_soon_as_others_are_fed(together: list[bool]):
+    """Though rows that were looked up in them are remembered: there may be no room for both."""
+    engine = AtenEngine()
+    engine.feed(tables(2) | lookups())
+    engine.create(NetDef(name="net", op=GATHERS))
+    for _ in range(2):
+        engine.run("net", {})
+    storage = StorageWeakRef(engine._blobs["w0"].untyped_storage())
+    assert together == [True] and not storage.expired()
+    engine.feed(tables(2))
+    assert storage.expired()
 
 
 def test_tables_that_are_looked_up_alike_are_told_apart(together: list[bool]):

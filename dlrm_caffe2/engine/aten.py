@@ -114,6 +114,9 @@ class AtenEngine:
     def close(self) -> None:
         self._blobs.clear()
         self._nets.clear()
+        self._fed.clear()
+        self._weights.clear()
+        self._settled = None
 
     def _plan(self, net: NetDef) -> Plan:
         return make_plan(net, check_net(net, self._blobs.keys()))

@@ -11,33 +11,37 @@ _place, _shape, _dtype, _contiguous = (methodcaller("data_ptr"), attrgetter("sha
                                        methodcaller("is_contiguous"))
 
 
+class _Ranges(NamedTuple):
+    """Of each table, in what joins them: its first row, int64 [T, 1], and how many it has."""
+
+    first_T1: Any
+    counts: list[int]
+
+
 class _Tables(NamedTuple):
     """Attributes:
 
     places, shapes: of the tables.
     storage: [N, ...], all rows from the first to the last of them.
-    first_T1: int64 [T, 1], which row of it is the first of each table.
-    counts: how many rows each table has.
     """
 
     places: list[int]
     shapes: list[tuple[int, ...]]
     storage: Any
-    first_T1: Any
-    counts: list[int]
+    ranges: _Ranges
 
 
 class _Rows(NamedTuple):
     """Attributes:
 
     places, version: of the indices.
-    tables: those that they are for.
+    ranges: of the tables that they are for. (Those themselves would be kept alive.)
     rows: [T * K], of the joined tables.
     """
 
     places: list[int]
     version: int
-    tables: _Tables
+    ranges: _Ranges
     rows: Any
 
 
@@ -48,7 +52,7 @@ def joined_lookup(tables: Sequence[Any], indices: Sequence[Any]) -> tuple[Any, A
     or one is negative or beyond its table.
     """
     joined = _joined(tables)
-    rows = None if joined is None else _joined_rows(indices, joined)
+    rows = None if joined is None else _joined_rows(indices, joined.ranges)
     return None if rows is None else (joined.storage, rows)
 
 
@@ -72,29 +76,29 @@ def _joined(tables: Sequence[Any]) -> _Tables | None:
         return None
     storage = lowest.as_strided((rows, *whole), lowest.stride())
     first_T1 = torch.tensor(first, device=lowest.device)[:, None]
-    tables[0]._dlrm_joined = joined = _Tables(places, shapes, storage, first_T1, counts)
+    tables[0]._dlrm_joined = joined = _Tables(places, shapes, storage, _Ranges(first_T1, counts))
     return joined
 
 
-def _joined_rows(indices: Sequence[Any], tables: _Tables) -> Any | None:
+def _joined_rows(indices: Sequence[Any], ranges: _Ranges) -> Any | None:
     """Remembered on indices that lie together, until they are written to: a step looks up and then updates the same
     rows."""
     import torch
 
     first, places = indices[0], list(map(_place, indices))
     known = getattr(first, "_dlrm_rows", None)
-    if known and known.places == places and known.version == first._version and known.tables is tables:
+    if known and known.places == places and known.version == first._version and known.ranges is ranges:
         return known.rows
     if first.dim() != 1 or not first.numel() or not (_alike(map(_dtype, indices)) and _alike(map(_shape, indices))):
         return None
     indices_TK = torch.stack(list(indices))
     low_T, high_T = (bound.tolist() for bound in indices_TK.aminmax(dim=1))
-    if min(low_T) < 0 or any(map(ge, high_T, tables.counts)):
+    if min(low_T) < 0 or any(map(ge, high_T, ranges.counts)):
         return None
-    rows = (indices_TK + tables.first_T1).view(-1)
+    rows = (indices_TK + ranges.first_T1).view(-1)
     # Of one storage, they count their writes together; PyTorch counts none to inference tensors.
     if not first.is_inference() and first.data_ptr() <= min(places) and max(places) + first.nbytes <= _end(first):
-        first._dlrm_rows = _Rows(places, first._version, tables, rows)
+        first._dlrm_rows = _Rows(places, first._version, ranges, rows)
     return rows
 
 
