@@ -92,7 +92,7 @@ def _net(spec: ModelSpec, name: str, operators: Iterable[OperatorDef], outputs: 
     the tables side by side. With one row each, waking its threads costs more than they do.
     """
     net = NetDef(name=f"{spec.name}_{name}", op=operators, external_output=outputs)
-    if any(table.fixed_lookups != 1 for table in spec.tables):
+    if not all(table.one_hot for table in spec.tables):
         net.type = "dag"
     inputs = outside_blobs(net.op)
     batch = [blob for blob in batch_names(spec) if blob in inputs]

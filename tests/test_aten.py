@@ -160,6 +160,17 @@ def test_missing_blob_net_and_unknown_dtype(engine: AtenEngine):
         engine.feed({"text": np.array(["a"])})
 
 
+def test_a_net_whose_blob_a_failed_feed_has_dropped_says_so(engine: AtenEngine):
+    engine.feed({"x": np.ones(2, np.float32)})
+    engine.create(net(DOUBLE))
+    for _ in range(3):
+        engine.run("net", {})
+    with pytest.raises(EngineError, match="blob 'x'"):
+        engine.feed({"x": np.array(["a"])})
+    with pytest.raises(EngineError, match="blob 'x' does not exist"):
+        engine.run("net", {})
+
+
 def test_profile_times_each_operator_type_and_runs_once(engine: AtenEngine):
     engine.feed({"x": np.zeros(2, np.float32), "it": np.zeros(1, np.int64)})
     engine.create(net(DOUBLE, make_operator("Scale", ["y"], ["z"], scale=2.0), COUNT))

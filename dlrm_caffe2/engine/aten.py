@@ -73,10 +73,7 @@ class AtenEngine:
 
     def fetch(self, names: Sequence[str]) -> Arrays:
         """Copies of blobs. Raises EngineError for one that does not exist."""
-        for name in names:
-            if name not in self._blobs:
-                raise EngineError(f"blob '{name}' does not exist")
-        return {name: self._blobs[name].cpu().numpy().copy() for name in names}
+        return {name: tensor.cpu().numpy().copy() for name, tensor in zip(names, self._existing(names), strict=True)}
 
     def run_once(self, net: NetDef) -> None:
         self._run(self._plan(net))
@@ -152,7 +149,13 @@ class AtenEngine:
             self._settled = plan
 
     def _types(self, plan: Plan) -> list[tuple]:
-        return [_type(self._blobs.get(name)) for name in plan.reads]
+        return list(map(_type, self._existing(plan.reads)))
+
+    def _existing(self, names: Sequence[str]) -> list:
+        for name in names:
+            if name not in self._blobs:
+                raise EngineError(f"blob '{name}' does not exist")
+        return [self._blobs[name] for name in names]
 
     def _run_step(self, step: Step, known: bool) -> bool:
         """Asks its rule where its inputs are not `known`. False where what it made varies in size, and did."""
@@ -208,5 +211,5 @@ def _columns_first(weight: Any) -> Any:
     return weight.t().contiguous().t() if weight.dim() == 2 else weight
 
 
-def _type(tensor: Any) -> tuple | None:
-    return None if tensor is None else (tensor.dtype, tensor.shape)
+def _type(tensor: Any) -> tuple:
+    return tensor.dtype, tensor.shape

@@ -138,7 +138,7 @@ class Caffe2Engine:
     def row_blocks(self, spec: ModelSpec, table: int) -> int:
         """0 for one-hot tables, whose rows give ScatterWeightedSum too little to do."""
         rows, lookups = spec.tables[table].rows, spec.tables[table].lookups
-        if lookups == 1:
+        if spec.tables[table].one_hot:
             return 0
         bag = lookups if isinstance(lookups, int) else sum(lookups) / 2
         return ceil(4 * spec.embedding_dim * min(rows, spec.batch_size * bag) / BLOCK_BYTES)

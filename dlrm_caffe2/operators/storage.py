@@ -97,7 +97,7 @@ def _joined_rows(indices: Sequence[Any], ranges: _Ranges) -> Any | None:
         return None
     rows = (indices_TK + ranges.first_T1).view(-1)
     # Of one storage, they count their writes together; PyTorch counts none to inference tensors.
-    if not first.is_inference() and first.data_ptr() <= min(places) and max(places) + first.nbytes <= _end(first):
+    if not first.is_inference() and places[0] == min(places) and max(places) + first.nbytes <= _end(first):
         first._dlrm_rows = _Rows(places, first._version, ranges, rows)
     return rows
 
