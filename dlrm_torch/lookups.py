@@ -42,7 +42,7 @@ class Lookups:
             if weights_K is not None:
                 pooled.mul_(weights_K[:, None])
         else:
-            starts = (self.lengths.cumsum(0) - self.lengths).to(self.rows.dtype)
+            starts = (self.ends - self.lengths).to(self.rows.dtype)
             pooled = F.embedding_bag(self.rows, weight, starts, mode="sum", per_sample_weights=weights_K)
         return pooled if self.factor is None else pooled.mul_(self.factor)
 
@@ -55,7 +55,7 @@ class Lookups:
         """The same, up to `size` rows at a time: what is done with a block finds it in the cache."""
         if self.factor is not None:
             gradient = gradient * self.factor
-        rows, bags, starts = self._transposed
+        rows, bags, starts = self.transposed
         firsts = [*starts[::size].tolist(), len(bags)]
         for number, first in enumerate(firsts[:-1]):
             its = slice(number * size, (number + 1) * size)
@@ -63,8 +63,16 @@ class Lookups:
             yield RowGradient(rows[its], values)
 
     @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Distinct rows [U], ascending; the bags [K] that hold them, row by row; where each row's bags start [U]."""
+    def ends(self) -> Tensor:
+        """int64 [bags]: where the rows of each bag end."""
+        return self.lengths.cumsum(0)
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Distinct rows int64 [U], ascending; the bags [K] that hold them, row by row; where each row's bags start [U].
+
+        The latter two are of one dtype, int32 or int64.
+        """
         ordered, order = self.rows.sort(stable=True)
         rows, counts = torch.unique_consecutive(ordered, return_counts=True)
         rows, starts = rows.long(), counts.cumsum(0) - counts  # index_add_ is ten times slower with int32

@@ -1,11 +1,14 @@
 """The spec's update rules, in place (SPEC.md, 7). torch.optim differs: its Adagrad has no row-wise form."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_torch.compiled import kernels_for
+from dlrm_torch.embedding import Group
 from dlrm_torch.lookups import Lookups
 from dlrm_torch.model import DLRM
 from spec.parameters import is_sparse, moment_name, trained_parameters
@@ -82,6 +85,10 @@ class Optimizer:
             pooled_gradients: of what each group pooled, [B, G, E].
         """
         for group, its, gradient_BGE in zip(self._tables.groups, lookups, pooled_gradients, strict=True):
+            kernels = None if group.learned else kernels_for(gradient_BGE)
+            if kernels is not None:
+                self._update_tables_by(kernels, group, its, gradient_BGE)
+                continue
             # Multiplied here there are fewer numbers than rows have; `alpha` of index_add_ takes three times as long.
             gradient = group.bags(gradient_BGE * -self.rate if self._sgd else gradient_BGE)
             if self._sgd and its.lengths is None and not group.weighted:
@@ -92,6 +99,17 @@ class Optimizer:
             for block in its.row_gradient_blocks(gradient, size):
                 for part, values in self._tables.gradients(group, block).items():
                     self._update_rows(part, block.rows, values)
+
+    def _update_tables_by(self, kernels: ModuleType, group: Group, its: Lookups, gradient_BGE: Tensor) -> None:
+        """`kernels`: see compiled.py. The weights of one group, whose row weights are fixed if it has any."""
+        storage = self._tables.shared("weight")
+        row_weights = self._tables.shared("pooling") if group.weighted else None
+        if self._sgd:
+            ends = None if its.lengths is None else its.ends
+            kernels.add_to_rows(storage, its.rows, ends, its.factor, row_weights, gradient_BGE, -self.rate)
+        else:
+            kernels.adagrad_rows(storage, self._row_moments["weight"], *its.transposed, its.factor, row_weights,
+                                 group.bags(gradient_BGE).contiguous(), self.rate, self.eps)
 
     def _update_rows(self, part: str, rows: Tensor, values: Tensor) -> None:
         """`values` [U, ...] is the whole gradient of the distinct `rows` [U], under SGD the step; it is overwritten."""

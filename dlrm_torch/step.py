@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dlrm_torch.compiled import kernels_for
 from dlrm_torch.inputs import Inputs
 from dlrm_torch.loss import loss_and_gradient, mean_loss
 from dlrm_torch.model import DLRM, MLP
@@ -182,11 +183,14 @@ class _Dot:
         self._pairs = pairs_P2[:, 0] * count + pairs_P2[:, 1]
         column_FF = torch.zeros(count, count, dtype=torch.int64, device=device)
         column_FF.view(-1)[self._pairs] = spec.embedding_dim + torch.arange(len(pairs_P2), device=device)
-        self._columns = torch.maximum(column_FF, column_FF.T).flatten()
+        self._columns_FF = torch.maximum(column_FF, column_FF.T)
         self._width, self._self_interaction = spec.embedding_dim, spec.interaction.self_interaction
 
     def forward(self, features_BFE: Tensor) -> Tensor:
         """Of the vectors of a step."""
+        kernels = kernels_for(features_BFE)
+        if kernels is not None:
+            return kernels.dot_products(features_BFE, self._columns_FF, self._width + len(self._pairs))
         products = features_BFE.bmm(features_BFE.transpose(1, 2)).flatten(1)
         return torch.cat([features_BFE[:, 0], products.index_select(1, self._pairs)], 1)
 
@@ -195,8 +199,11 @@ class _Dot:
 
         The gradient of a product x y is shared by both: they are one symmetric matrix.
         """
+        kernels = kernels_for(features_BFE)
+        if kernels is not None:
+            return kernels.dot_gradient(gradient, features_BFE, self._columns_FF)
         batch, count, width = features_BFE.shape
-        both_BFF = gradient.index_select(1, self._columns).view(batch, count, count)
+        both_BFF = gradient.index_select(1, self._columns_FF.flatten()).view(batch, count, count)
         diagonals = both_BFF.diagonal(dim1=1, dim2=2)
         diagonals.mul_(2) if self._self_interaction else diagonals.zero_()
         gradient_BFE = both_BFF.bmm(features_BFE)

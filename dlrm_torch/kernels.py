@@ -1,0 +1,272 @@
+"""Compiled loops for what PyTorch has no fast kernel for on a CPU: adding to rows of tables, and the dot interaction.
+
+All take float32. They are compiled when this module is first imported (spec/native/loops.py): by a training step alone.
+"""
+
+from collections.abc import Callable
+
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from spec.native.loops import Team, float32s, int32s, int64s, loop, prefetch, turn
+from spec.native.vectors import STEP, fma, load, splat, sqrt, store, total
+
+_TEAM = Team(torch._C.__file__)
+_LIBRARY = torch.library.Library("dlrm", "DEF")
+
+
+def _operator(schema: str) -> Callable[[Callable], Callable]:
+    """Makes an operator of PyTorch's, dlrm::NAME, of a function NAME: profilers see it."""
+    def register(function: Callable) -> Callable:
+        _LIBRARY.define(function.__name__ + schema)
+        _LIBRARY.impl(function.__name__, function, "CPU")
+        return getattr(torch.ops.dlrm, function.__name__).default
+    return register
+
+
+_AHEAD = 16
+"""How many rows before it is read a row is fetched: as many as take the time of one read from memory."""
+_ROWS_A_TURN, _SAMPLES_A_TURN = 512, 32
+_TURNS_A_THREAD = 4
+
+
+@_operator("(Tensor(a!) storage, Tensor rows, Tensor? ends, Tensor? factors, Tensor? row_weights, Tensor gradient, "
+           "float rate) -> ()")
+def add_to_rows(storage: Tensor, rows: Tensor, ends: Tensor | None, factors: Tensor | None, row_weights: Tensor | None,
+                gradient_BGE: Tensor, rate: float) -> None:
+    """storage[row] += rate * factor * row weight * gradient, for each row of each bag.
+
+    A row that occurs several times is added to as often, in the order of the samples, by one thread: the same bits in
+    every run and with any number of threads.
+
+    Args:
+        storage: [N, E], contiguous.
+        rows: int32 or int64 [K], bag by bag, table by table.
+        ends: int64 [G * B], where each bag's rows end; None where every bag has one.
+        factors: [G * B] or [G * B, 1], of bags, or None.
+        row_weights: [N], or None.
+        gradient_BGE: [B, G, E], of any strides between vectors, contiguous ones.
+    """
+    threads = torch.get_num_threads()
+    samples, tables, width = gradient_BGE.shape
+    shards = 1
+    while shards * tables < _TURNS_A_THREAD * threads and threads > 1:
+        shards *= 2
+    to_next_sample, to_next_table, _ = gradient_BGE.stride()
+    _TEAM.run(_add_to_rows, tables * shards, threads, shards=shards, samples=samples, width=width,
+              storage=storage.data_ptr(), rows=rows.data_ptr(), narrow=rows.dtype is torch.int32, bags=tables * samples,
+              count=len(rows), ends=_address(ends), factors=_address(factors), row_weights=_address(row_weights),
+              weights=len(storage), gradient=gradient_BGE.data_ptr(), to_next_sample=4 * to_next_sample,
+              to_next_table=4 * to_next_table, rate=rate)
+
+
+@_operator("(Tensor(a!) storage, Tensor(b!) moment, Tensor rows, Tensor bags, Tensor starts, Tensor? factors, "
+           "Tensor? row_weights, Tensor gradient, float rate, float eps) -> ()")
+def adagrad_rows(storage: Tensor, moment: Tensor, rows: Tensor, bags: Tensor, starts: Tensor, factors: Tensor | None,
+                 row_weights: Tensor | None, gradient: Tensor, rate: float, eps: float) -> None:
+    """h[row] += g g;  storage[row] -= rate * g / (sqrt(h[row]) + eps), for g the sum over the bags that each row is in.
+
+    Row-wise where `moment` is [N]: h[row] += mean(g g).
+
+    Args:
+        storage, moment: [N, E], or [N] for a moment, contiguous.
+        rows, bags, starts: see `Lookups.transposed`.
+        factors: [bags] or [bags, 1], or None.
+        row_weights: [N], or None.
+        gradient: [bags, E], contiguous.
+    """
+    threads = torch.get_num_threads()
+    _TEAM.run(_adagrad_rows, -(-len(rows) // _ROWS_A_TURN), threads, width=storage.shape[1], storage=storage.data_ptr(),
+              moment=moment.data_ptr(), rowwise=moment.dim() == 1, rows=rows.data_ptr(), distinct=len(rows),
+              bags=bags.data_ptr(), narrow=bags.dtype is torch.int32, count=len(bags), starts=starts.data_ptr(),
+              factors=_address(factors), all_bags=len(gradient), row_weights=_address(row_weights),
+              weights=len(storage), gradient=gradient.data_ptr(), rate=rate, eps=eps)
+
+
+@_operator("(Tensor features, Tensor columns, int width) -> Tensor")
+def dot_products(features_BFE: Tensor, columns_FF: Tensor, width: int) -> Tensor:
+    """[B, width]: the first vector of each sample, then the product of the vectors i and j in column columns[i, j].
+
+    Args:
+        features_BFE: contiguous.
+        columns_FF: int64, symmetric; a pair that is not wanted has column 0.
+    """
+    samples, vectors, size = features_BFE.shape
+    output = features_BFE.new_empty(samples, width)
+    _TEAM.run(_dot_products, -(-samples // _SAMPLES_A_TURN), torch.get_num_threads(), samples=samples, vectors=vectors,
+              size=size, features=features_BFE.data_ptr(), columns=columns_FF.data_ptr(), output=output.data_ptr(),
+              to_next=4 * width)
+    return output
+
+
+@_operator("(Tensor gradient, Tensor features, Tensor columns) -> Tensor")
+def dot_gradient(gradient: Tensor, features_BFE: Tensor, columns_FF: Tensor) -> Tensor:
+    """[B, F, E], of the vectors that `dot_products` took, for a gradient [B, width or more] of what it made."""
+    samples, vectors, size = features_BFE.shape
+    result = torch.empty_like(features_BFE)
+    _TEAM.run(_dot_gradient, -(-samples // _SAMPLES_A_TURN), torch.get_num_threads(), samples=samples, vectors=vectors,
+              size=size, features=features_BFE.data_ptr(), columns=columns_FF.data_ptr(), gradient=gradient.data_ptr(),
+              to_next=4 * gradient.stride(0), result=result.data_ptr())
+    return result
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@loop(shards=int, samples=int, width=int, storage=int, rows=int, narrow=int, bags=int, count=int, ends=int, factors=int,
+      row_weights=int, weights=int, gradient=int, to_next_sample=int, to_next_table=int, rate=float)
+def _add_to_rows(pointer):
+    """A turn is a table, or those rows of it that are one shard."""
+    a = carray(pointer, 1)[0]
+    turns, shards, samples, width, storage, narrow = a.turns, a.shards, a.samples, a.width, a.storage, a.narrow
+    few, many = int32s(a.rows, a.count), int64s(a.rows, a.count)
+    ends, factors, row_weights = int64s(a.ends, a.bags), float32s(a.factors, a.bags), float32s(a.row_weights, a.weights)
+    in_bags, has_factors, has_weights = a.ends != 0, a.factors != 0, a.row_weights != 0
+    gradient, to_next_sample, to_next_table, rate = a.gradient, a.to_next_sample, a.to_next_table, a.rate
+    size = 4 * width
+    number = turn(pointer)
+    while number < turns:
+        table, shard = number // shards, number % shards
+        first = table * samples
+        if in_bags:
+            k, last = (ends[first - 1] if first else 0), ends[first + samples - 1]
+        else:
+            k, last = first, first + samples
+        g = gradient + table * to_next_table
+        for bag in range(first, first + samples):
+            scale = rate * factors[bag] if has_factors else rate
+            end = ends[bag] if in_bags else bag + 1
+            while k < end:
+                if k + _AHEAD < last:
+                    later = few[k + _AHEAD] if narrow else many[k + _AHEAD]
+                    if later & (shards - 1) == shard:
+                        prefetch(storage + later * size, size)
+                row = few[k] if narrow else many[k]
+                k += 1
+                if row & (shards - 1) == shard:
+                    factor = splat(scale * row_weights[row] if has_weights else scale)
+                    w = storage + row * size
+                    for e in range(0, size, STEP):
+                        n = (size - e) // 4
+                        store(w + e, fma(factor, load(g + e, n), load(w + e, n)), n)
+            g += to_next_sample
+        number = turn(pointer)
+
+
+@njit(forceinline=True)
+def _sum(gradient, size, n, few, many, narrow, start, end, factors, has_factors):
+    """Of up to 16 columns of the bags from `start` to `end`."""
+    result = splat(0)
+    for k in range(start, end):
+        bag = few[k] if narrow else many[k]
+        g = load(gradient + bag * size, n)
+        result = fma(splat(factors[bag]), g, result) if has_factors else result + g
+    return result
+
+
+@loop(width=int, storage=int, moment=int, rowwise=int, rows=int, distinct=int, bags=int, narrow=int, count=int,
+      starts=int, factors=int, all_bags=int, row_weights=int, weights=int, gradient=int, rate=float, eps=float)
+def _adagrad_rows(pointer):
+    """A turn is some distinct rows."""
+    a = carray(pointer, 1)[0]
+    turns, width, storage, moment, rowwise, narrow = a.turns, a.width, a.storage, a.moment, a.rowwise, a.narrow
+    distinct, count, gradient, rows = a.distinct, a.count, a.gradient, int64s(a.rows, a.distinct)
+    few, many, short, long = (int32s(a.bags, count), int64s(a.bags, count), int32s(a.starts, distinct),
+                              int64s(a.starts, distinct))
+    factors, has_factors = float32s(a.factors, a.all_bags), a.factors != 0
+    row_weights, has_weights = float32s(a.row_weights, a.weights), a.row_weights != 0
+    moments = float32s(moment, a.weights)
+    rate, eps = splat(-a.rate), splat(a.eps)
+    size = 4 * width
+    number = turn(pointer)
+    while number < turns:
+        for place in range(number * _ROWS_A_TURN, min((number + 1) * _ROWS_A_TURN, distinct)):
+            if place + _AHEAD < distinct:
+                later = rows[place + _AHEAD]
+                prefetch(storage + later * size, size)
+                prefetch(moment + later * (4 if rowwise else size), 4 if rowwise else size)
+            row = rows[place]
+            start = short[place] if narrow else long[place]
+            end = count
+            if place + 1 < distinct:
+                end = short[place + 1] if narrow else long[place + 1]
+            weight = row_weights[row] if has_weights else 1.0
+            w = storage + row * size
+            squares = splat(0)
+            if rowwise:
+                for e in range(0, size, STEP):
+                    n = (size - e) // 4
+                    g = _sum(gradient + e, size, n, few, many, narrow, start, end, factors, has_factors) * splat(weight)
+                    squares = fma(g, g, squares)
+                moments[row] += total(squares) / width
+            for e in range(0, size, STEP):
+                n = (size - e) // 4
+                g = _sum(gradient + e, size, n, few, many, narrow, start, end, factors, has_factors) * splat(weight)
+                if rowwise:
+                    h = splat(moments[row])
+                else:
+                    h = fma(g, g, load(moment + row * size + e, n))
+                    store(moment + row * size + e, h, n)
+                store(w + e, load(w + e, n) + rate * g / (sqrt(h) + eps), n)
+        number = turn(pointer)
+
+
+@loop(samples=int, vectors=int, size=int, features=int, columns=int, output=int, to_next=int)
+def _dot_products(pointer):
+    """A turn is some samples."""
+    a = carray(pointer, 1)[0]
+    turns, samples, vectors, features, output, to_next = a.turns, a.samples, a.vectors, a.features, a.output, a.to_next
+    columns = int64s(a.columns, vectors * vectors)
+    width, size = a.size, 4 * a.size
+    number = turn(pointer)
+    while number < turns:
+        for sample in range(number * _SAMPLES_A_TURN, min((number + 1) * _SAMPLES_A_TURN, samples)):
+            x, y = features + sample * vectors * size, output + sample * to_next
+            for e in range(0, size, STEP):
+                n = (size - e) // 4
+                store(y + e, load(x + e, n), n)
+            y = float32s(y, to_next // 4)
+            for i in range(vectors):
+                xi = x + i * size
+                start = load(xi, width)
+                for j in range(i + 1):
+                    column = columns[i * vectors + j]
+                    if column:
+                        xj = x + j * size
+                        product = start * load(xj, width)
+                        for e in range(STEP, size, STEP):
+                            n = (size - e) // 4
+                            product = fma(load(xi + e, n), load(xj + e, n), product)
+                        y[column] = total(product)
+        number = turn(pointer)
+
+
+@loop(samples=int, vectors=int, size=int, features=int, columns=int, gradient=int, to_next=int, result=int)
+def _dot_gradient(pointer):
+    """A turn is some samples."""
+    a = carray(pointer, 1)[0]
+    turns, samples, vectors, features, gradient, to_next = (a.turns, a.samples, a.vectors, a.features, a.gradient,
+                                                            a.to_next)
+    columns = int64s(a.columns, vectors * vectors)
+    result, size = a.result, 4 * a.size
+    number = turn(pointer)
+    while number < turns:
+        for sample in range(number * _SAMPLES_A_TURN, min((number + 1) * _SAMPLES_A_TURN, samples)):
+            x, dx = features + sample * vectors * size, result + sample * vectors * size
+            dy = gradient + sample * to_next
+            of_columns = float32s(dy, to_next // 4)
+            for i in range(vectors):
+                for e in range(0, size, STEP):
+                    n = (size - e) // 4
+                    g = splat(0) if i else load(dy + e, n)
+                    for j in range(vectors):
+                        column = columns[i * vectors + j]
+                        if column:
+                            factor = of_columns[column]
+                            if i == j:  # a vector's product with itself
+                                factor += factor
+                            g = fma(splat(factor), load(x + j * size + e, n), g)
+                    store(dx + i * size + e, g, n)
+        number = turn(pointer)

@@ -1,0 +1,126 @@
+"""Loops compiled by Numba, run by the very threads that a framework's own kernels run on.
+
+Numba's threads would be a second pool: idle OpenMP threads spin, on the cores that the others need. So a loop is a C
+function for `GOMP_parallel`, by which compilers start an OpenMP region. The threads take turns, the next one each,
+until none is left; which thread takes which turn must make no difference to what the loop computes.
+
+Numba compiles a loop when its module is first imported, for seconds, and keeps the code in __pycache__ or in the user's
+cache folder. It looks at changes of the loop's own file alone: where something that the loop calls changed, remove the
+.nbi and .nbc files by hand.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_READ_AND_WRITE, _ALL_CACHES, _DATA = 1, 3, 1  # arguments of llvm.prefetch
+
+
+class Team:
+    """The OpenMP threads that a shared library computes with.
+
+    Args:
+        library: a path of it, such as torch._C.__file__. It is loaded already.
+
+    Where it was built without OpenMP, the calling thread takes all turns.
+    """
+
+    def __init__(self, library: str) -> None:
+        self._parallel = getattr(ctypes.CDLL(library), "GOMP_parallel", None)
+        if self._parallel is not None:
+            self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            self._parallel.restype = None
+
+    def run(self, loop: "Loop", turns: int, threads: int, **values: float) -> None:
+        """All turns of a loop, by so many threads at the most. `values` are its fields; addresses are of memory that
+        outlives the call."""
+        arguments = np.array((0, turns, *map(values.__getitem__, loop.fields)), loop.dtype)
+        at = arguments.ctypes.data
+        if self._parallel is None or threads == 1 or turns == 1:
+            loop.call(at)
+        else:
+            self._parallel(loop.address, at, min(threads, turns), 0)
+
+
+class Loop:
+    """A function of a pointer to its arguments, compiled.
+
+    Attributes:
+        fields: names of its arguments.
+        dtype: a record of them, after the next turn and the number of turns.
+    """
+
+    def __init__(self, function: Callable[[Any], None], fields: dict[str, type]) -> None:
+        self.fields = tuple(fields)
+        self.dtype = np.dtype([("turn", np.int64), ("turns", np.int64),
+                               *((name, np.float64 if kind is float else np.int64) for name, kind in fields.items())])
+        signature = types.void(types.CPointer(numba.from_dtype(self.dtype)))
+        try:
+            compiled = numba.cfunc(signature, cache=True)(function)
+        except RuntimeError:  # neither folder can be written to
+            compiled = numba.cfunc(signature)(function)
+        self._compiled = compiled  # which owns the code
+        self.address, self.call = compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+def loop(**fields: type) -> Callable[[Callable[[Any], None]], Loop]:
+    """Decorates a function that takes a pointer, reads `carray(pointer, 1)[0]` and works while `turn(pointer)` is below
+    `.turns`. Fields are int, which addresses are too, or float."""
+    return lambda function: Loop(function, fields)
+
+
+@intrinsic
+def turn(context, pointer):
+    """The next one, counted from 0; each is given out once."""
+    def generate(context, builder, signature, arguments):
+        number = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", number, ir.IntType(64)(1), "monotonic")
+    return types.int64(pointer), generate
+
+
+@intrinsic
+def _pointer(context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _prefetch(context, address):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+        number = ir.IntType(32)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(
+            ir.VoidType(), [pointer.type, number, number, number]), "llvm.prefetch.p0")
+        builder.call(function, [pointer, number(_READ_AND_WRITE), number(_ALL_CACHES), number(_DATA)])
+        return context.get_dummy_value()
+    return types.void(types.int64), generate
+
+
+@njit(forceinline=True)
+def prefetch(address, size):
+    """Begin to fetch so many bytes, which are soon to be read and written."""
+    for line in range(0, size, 64):
+        _prefetch(address + line)
+
+
+@njit
+def int32s(address, count):
+    return carray(_pointer(address), count, np.int32)
+
+
+@njit
+def int64s(address, count):
+    return carray(_pointer(address), count, np.int64)
+
+
+@njit
+def float32s(address, count):
+    return carray(_pointer(address), count, np.float32)
