@@ -1,10 +1,12 @@
 """DLRM as PyTorch modules (Naumov et al. 2019, figure 1). The names of a state_dict are the spec's own."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from dlrm_torch.compiled import kernels_for
 from dlrm_torch.embedding import EmbeddingBags
 from spec.model import ModelSpec
 
@@ -72,14 +74,52 @@ class DotInteraction(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        pairs_P = torch.tensor([i * spec.interacting_vectors + j for i, j in spec.pairs])
-        self.register_buffer("pairs", pairs_P, persistent=False)
+        count, width = spec.interacting_vectors, spec.embedding_dim
+        pairs_P2 = torch.tensor(spec.pairs).reshape(-1, 2)
+        self.width = spec.interaction_width
+        self.register_buffer("pairs", pairs_P2[:, 0] * count + pairs_P2[:, 1], persistent=False)
+        self.register_buffer("columns", pair_columns(pairs_P2, count, width), persistent=False)
+        every_P2 = torch.tril_indices(count, count).T
+        self.register_buffer("every_column", pair_columns(every_P2, count, width), persistent=False)
 
     def forward(self, vectors: Sequence[Tensor], tap: Tap) -> Tensor:
         """[B, E + P] for F vectors [B, E], the dense one first."""
         features_BFE = tap("interaction.features", torch.stack(vectors, 1))
-        products_BFF = tap("interaction.products", features_BFE @ features_BFE.transpose(1, 2))
+        kernels = kernels_for(features_BFE)
+        if kernels is not None and tap is untapped and not torch.is_grad_enabled():
+            return kernels.dot_products(features_BFE, self.columns, self.width)
+        products_BFF = tap("interaction.products", self._products(kernels, features_BFE))
         return torch.cat([vectors[0], products_BFF.flatten(1).index_select(1, self.pairs)], 1)
+
+    def _products(self, kernels: ModuleType | None, features_BFE: Tensor) -> Tensor:
+        """[B, F, F]. By the loop that training steps and predictions take, where there is one: a trace has their very
+        bits, and so every activation on the same side of its kink."""
+        if kernels is None:
+            return features_BFE @ features_BFE.transpose(1, 2)
+        return _Products.apply(features_BFE, kernels, self.every_column)
+
+
+class _Products(torch.autograd.Function):
+    """X X', and its gradient."""
+
+    @staticmethod
+    def forward(ctx, features_BFE: Tensor, kernels: ModuleType, every_column_FF: Tensor) -> Tensor:
+        ctx.save_for_backward(features_BFE)
+        width = int(every_column_FF.max()) + 1
+        output = kernels.dot_products(features_BFE.contiguous(), every_column_FF, width)
+        return output.index_select(1, every_column_FF.flatten()).view(-1, *every_column_FF.shape)
+
+    @staticmethod
+    def backward(ctx, gradient_BFF: Tensor) -> tuple[Tensor, None, None]:
+        (features_BFE,) = ctx.saved_tensors
+        return (gradient_BFF + gradient_BFF.transpose(1, 2)) @ features_BFE, None, None
+
+
+def pair_columns(pairs_P2: Tensor, count: int, first: int) -> Tensor:
+    """int64 [count, count], symmetric: `first` for the first pair, the next for the second, ...; 0 for what is none."""
+    column_FF = torch.zeros(count, count, dtype=torch.int64)
+    column_FF[pairs_P2[:, 0], pairs_P2[:, 1]] = torch.arange(first, first + len(pairs_P2))
+    return torch.maximum(column_FF, column_FF.T)
 
 
 class CatInteraction(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dlrm_torch.compiled import kernels_for
 from dlrm_torch.inputs import Inputs
 from dlrm_torch.loss import loss_and_gradient, mean_loss
-from dlrm_torch.model import DLRM, MLP
+from dlrm_torch.model import DLRM, MLP, pair_columns
 from dlrm_torch.optimizer import Optimizer
 
 Mark = Callable[[str], None]
@@ -177,13 +177,11 @@ class _Dot:
     """`DotInteraction`, both ways."""
 
     def __init__(self, model: DLRM) -> None:
-        spec, places = model.spec, _places(model)
-        count, device = len(places), model.interaction.pairs.device
-        pairs_P2 = torch.tensor([(places[i], places[j]) for i, j in spec.pairs], device=device)
-        self._pairs = pairs_P2[:, 0] * count + pairs_P2[:, 1]
-        column_FF = torch.zeros(count, count, dtype=torch.int64, device=device)
-        column_FF.view(-1)[self._pairs] = spec.embedding_dim + torch.arange(len(pairs_P2), device=device)
-        self._columns_FF = torch.maximum(column_FF, column_FF.T)
+        spec, places = model.spec, torch.tensor(_places(model))
+        pairs_P2 = places[torch.tensor(spec.pairs)]
+        device = model.interaction.pairs.device
+        self._pairs = (pairs_P2[:, 0] * len(places) + pairs_P2[:, 1]).to(device)
+        self._columns_FF = pair_columns(pairs_P2, len(places), spec.embedding_dim).to(device)
         self._width, self._self_interaction = spec.embedding_dim, spec.interaction.self_interaction
 
     def forward(self, features_BFE: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """The compiled loops of dlrm_torch/kernels.py against NumPy in float64, at widths that fill no vector, one, or more."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -136,14 +133,3 @@ def test_what_the_loops_take():
     assert kernels_for(torch.zeros(1)) is kernels
     assert kernels_for(torch.zeros(1, dtype=torch.float64)) is None
     assert kernels_for(torch.zeros(1, device="meta")) is None
-
-
-def test_prediction_compiles_nothing():
-    """Numba takes a second to load."""
-    code = ("import sys; from spec.toml import load; from spec.parameters import initial_parameters\n"
-            "from spec.data import open_batches; from dlrm_torch.backend import BACKEND\n"
-            "spec = load('tiny'); model = BACKEND.create(spec, initial_parameters(spec))\n"
-            "batch = next(iter(open_batches('random', spec, 4, 0)))\n"
-            "model.predict(batch); assert 'numba' not in sys.modules\n"
-            "model.train_step(batch); assert 'numba' in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True)
