@@ -26,9 +26,8 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
 
 
 _AHEAD = 16
-"""How many rows before it is read a row is fetched: as many as take the time of one read from memory."""
+"""How many rows before it is needed a row is fetched from memory, of those that one thread works on."""
 _ROWS_A_TURN, _SAMPLES_A_TURN = 512, 32
-_TURNS_A_THREAD = 4
 
 
 @_operator("(Tensor(a!) storage, Tensor rows, Tensor? ends, Tensor? factors, Tensor? row_weights, Tensor gradient, "
@@ -51,7 +50,7 @@ def add_to_rows(storage: Tensor, rows: Tensor, ends: Tensor | None, factors: Ten
     threads = torch.get_num_threads()
     samples, tables, width = gradient_BGE.shape
     shards = 1
-    while shards * tables < _TURNS_A_THREAD * threads and threads > 1:
+    while shards * tables < threads:
         shards *= 2
     to_next_sample, to_next_table, _ = gradient_BGE.stride()
     _TEAM.run(_add_to_rows, tables * shards, threads, shards=shards, samples=samples, width=width,
@@ -125,7 +124,7 @@ def _add_to_rows(pointer):
     ends, factors, row_weights = int64s(a.ends, a.bags), float32s(a.factors, a.bags), float32s(a.row_weights, a.weights)
     in_bags, has_factors, has_weights = a.ends != 0, a.factors != 0, a.row_weights != 0
     gradient, to_next_sample, to_next_table, rate = a.gradient, a.to_next_sample, a.to_next_table, a.rate
-    size = 4 * width
+    size, ahead = 4 * width, _AHEAD * shards
     number = turn(pointer)
     while number < turns:
         table, shard = number // shards, number % shards
@@ -139,8 +138,8 @@ def _add_to_rows(pointer):
             scale = rate * factors[bag] if has_factors else rate
             end = ends[bag] if in_bags else bag + 1
             while k < end:
-                if k + _AHEAD < last:
-                    later = few[k + _AHEAD] if narrow else many[k + _AHEAD]
+                if k + ahead < last:
+                    later = few[k + ahead] if narrow else many[k + ahead]
                     if later & (shards - 1) == shard:
                         prefetch(storage + later * size, size)
                 row = few[k] if narrow else many[k]

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from dlrm_caffe2.check import check_net
+from dlrm_caffe2.engine.fused import mark
 from dlrm_caffe2.engine.one_hot import without_bags
 from dlrm_caffe2.engine.one_product import one_product
 from dlrm_caffe2.engine.overwrite import overwrite
 from dlrm_caffe2.engine.plan import Plan, Step, Stretch, make_plan
 from dlrm_caffe2.operators import OperatorError
+from dlrm_caffe2.operators.dense import columns_first
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef
 from spec.errors import EngineError
 from spec.memory import keep_freed_memory
@@ -65,7 +67,7 @@ class AtenEngine:
             parts = tensor.split([shape[0] for shape in shapes]) if len(arrays) > 1 else (tensor,)
             self._blobs.update(zip(names, parts, strict=True))
             for name in self._weights.intersection(names):
-                self._blobs[name] = _columns_first(self._blobs[name])
+                self._blobs[name] = columns_first(self._blobs[name])
             types = [(dtype, shape) for shape in shapes]
             if list(map(self._fed.get, names)) != types:
                 self._fed.update(zip(names, types, strict=True))
@@ -85,7 +87,7 @@ class AtenEngine:
         plan = self._nets[net.name] = self._plan(net)
         self._weights.update(plan.weights)
         for name in plan.weights:
-            self._blobs[name] = _columns_first(self._blobs[name])
+            self._blobs[name] = columns_first(self._blobs[name])
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray], fetch: Sequence[str] = ()) -> Arrays:
         steps = self._net(name)
@@ -106,7 +108,7 @@ class AtenEngine:
     def faster(self, spec: ModelSpec, net: NetDef) -> NetDef:
         net, blobs = one_product(spec, without_bags(net))
         self.feed(blobs)
-        return overwrite(net)
+        return overwrite(mark(net))
 
     def close(self) -> None:
         self._blobs.clear()
@@ -138,7 +140,7 @@ class AtenEngine:
         with torch.inference_mode():
             for stretch in plan.stretches:
                 start = time.perf_counter()
-                if not (known and stretch.together and self._run_together(stretch)):
+                if not (stretch.together and (known or stretch.fused) and self._run_together(stretch, known)):
                     for step in stretch.steps:
                         known = self._run_step(step, known) and known
                 if seconds is not None:
@@ -180,11 +182,18 @@ class AtenEngine:
         before, step.made = step.made, tuple(map(_type, outputs))
         return before == step.made
 
-    def _run_together(self, stretch: Stretch) -> bool:
-        """False where their kernel does not take them."""
+    def _run_together(self, stretch: Stretch, known: bool) -> bool:
+        """False where their kernel does not take them. Asks their rules where their inputs are not `known`."""
         blobs = self._blobs
         try:
-            outputs = stretch.together(*([blobs[name] for name in names] for names in stretch.inputs))
+            if not known:
+                stretch.check({name: _type(blobs[name]) for name in stretch.reads})
+            if stretch.fused:
+                outputs = stretch.together(*map(blobs.__getitem__, stretch.inputs))
+            else:
+                outputs = stretch.together(*([blobs[name] for name in names] for names in stretch.inputs))
+        except OperatorError:  # they say which it is, one by one
+            return False
         except RuntimeError as error:
             raise EngineError(f"{stretch.steps[0].where} and the {len(stretch.steps) - 1} after it: {error}") from error
         if outputs is None:
@@ -204,11 +213,6 @@ def _copied(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     if len(arrays) == 1:
         return np.array(arrays[0], dtype, order="C")
     return np.concatenate(arrays, dtype=dtype)
-
-
-def _columns_first(weight: Any) -> Any:
-    """The same [N, K], lying as [K, N]: MKL is up to twice as fast then where K is odd, or large for the batch."""
-    return weight.t().contiguous().t() if weight.dim() == 2 else weight
 
 
 def _type(tensor: Any) -> tuple:

@@ -18,7 +18,15 @@ from dlrm_caffe2.operators.record import (
     grad,
     gradient_operator,
 )
-from dlrm_caffe2.operators.rules import dense, expect_dtype, expect_rank, expect_shape, expect_size, same_as_input
+from dlrm_caffe2.operators.rules import (
+    dense,
+    expect_dtype,
+    expect_rank,
+    expect_shape,
+    expect_size,
+    is_plain,
+    same_as_input,
+)
 
 
 def _flattened(node: Node, type: TensorType, argument: str) -> tuple[tuple[int, ...], int, int]:
@@ -90,6 +98,46 @@ def _fc_gradient_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorT
     return [inputs[1], TensorType(FLOAT, (n,)), inputs[0]][:len(node.outputs)]
 
 
+def columns_first(w):
+    """The same [N, K], lying in memory as [K, N], followed by zeros up to a multiple of 8 rows.
+
+    MKL multiplies matrices of an odd width up to twice as slowly; so it is even in the gradient of the weight, and can
+    be in that of the input (`_in_eights`).
+    """
+    if w.dim() != 2:
+        return w
+    n, k = w.shape
+    result = w.new_zeros(-(-k // 8) * 8, n)[:k].t()
+    return result.copy_(w)
+
+
+def _in_eights(w):
+    """[N, K or up to 7 more]: with the zeros that `columns_first` put there; without them if it was not so."""
+    n, k = w.shape
+    width = -(-k // 8) * 8
+    end = (w.storage_offset() + width * n) * w.element_size()
+    if w.stride() != (1, n) or end > w.untyped_storage().nbytes():
+        return w
+    return w.as_strided((n, width), (1, n))
+
+
+_ADDED_SAMPLES, _ADDED_WIDTH = 256, 64
+"""So many samples at most, and a matrix at least so wide, and MKL adds up a product of theirs before it adds it to
+anything: a weight to which it is added is rounded once. A thin one, or of a larger batch, is rounded many times."""
+
+
+def step_of_layer(x, w, b, dy, rate: float, wants_dx: bool):
+    """w += rate dY' X, b += rate times the sum of dY, for x [M, K], w [N, K], b [N], dy [M, N]; and dX, if it is
+    wanted. It may be a part of a wider matrix."""
+    dx = dy.mm(_in_eights(w))[:, :w.shape[1]] if wants_dx else None
+    if len(x) <= _ADDED_SAMPLES and min(w.shape) >= _ADDED_WIDTH:
+        w.t().addmm_(x.t(), dy, alpha=rate)
+    else:
+        w.t().add_(x.t().mm(dy), alpha=rate)
+    b.add_(dy.sum(0), alpha=rate)
+    return dx
+
+
 def _fc_gradient_aten(node: Node, x, w, dy):
     """dW lies in memory as W does, which may be as [K, N]."""
     import torch
@@ -142,6 +190,10 @@ def _bmm_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 def _bmm_aten(node: Node, a, b):
     import torch
 
+    if a is b and a.dim() == 3 and is_plain(a) and node.args["trans_b"] and not node.args["trans_a"]:
+        from dlrm_caffe2.operators import kernels
+
+        return kernels.own_products(a)
     multiply = torch.bmm if a.dim() == 3 else torch.matmul
     return multiply(a.mT if node.args["trans_a"] else a, b.mT if node.args["trans_b"] else b)
 

@@ -39,7 +39,7 @@ def _expect_bags(node: Node, inputs: Sequence[TensorType], indices: int, lengths
     expect_rank(node, inputs, lengths, 1, 1)
 
 
-def _expect_total(node: Node, position: int, lengths, total: int) -> None:
+def expect_total(node: Node, position: int, lengths, total: int) -> None:
     """The lengths are 0 or more, fixed_lookups where that is promised, and add up to `total`."""
     fixed, (least, most) = node.args["fixed_lookups"], bounds(lengths) if lengths.numel() else (0, 0)
     wrong = None
@@ -89,7 +89,7 @@ def _sum_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 
 
 def _expect_lookup(node: Node, table, indices, lengths) -> None:
-    _expect_total(node, len(node.inputs) - 1, lengths, indices.shape[0])
+    expect_total(node, len(node.inputs) - 1, lengths, indices.shape[0])
     expect_indices(node, len(node.inputs) - 2, indices, table.shape[0])
 
 
@@ -210,7 +210,7 @@ def _spread(node: Node, dy, lengths, indices, position: int):
     """Row b of dY, once for each index of bag b. `position` is that of the lengths among the inputs."""
     import torch
 
-    _expect_total(node, position, lengths, indices.shape[0])
+    expect_total(node, position, lengths, indices.shape[0])
     if node.args["fixed_lookups"] == 1:
         return dy.clone()
     return torch.repeat_interleave(dy, lengths, dim=0, output_size=indices.shape[0])

@@ -56,6 +56,11 @@ def torch_dtype(dtype: np.dtype) -> Any:
     return getattr(torch, dtype.name)
 
 
+def is_plain(x) -> bool:
+    """Whether a tensor is what compiled loops take (kernels.py)."""
+    return x.is_cpu and x.dtype is torch_dtype(FLOAT) and x.is_contiguous()
+
+
 def bounds(integers) -> tuple[int, int]:
     """The least and the greatest element of a tensor that is not empty.
 

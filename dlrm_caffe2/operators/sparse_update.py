@@ -21,6 +21,7 @@ from dlrm_caffe2.operators.rules import (
     expect_rank,
     expect_shape,
     expect_size,
+    is_plain,
 )
 from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS, as_matrix, bag_sums
 from dlrm_caffe2.operators.storage import joined_lookup
@@ -60,9 +61,14 @@ def _scatter_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]
 def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     """Each listed row times w0, once for every time it is listed; then X[I[k]] += w1 * X1[k], in the order of k."""
     expect_indices(node, 2, indices, x.shape[0])
-    indices = indices.long()  # what index_copy_ takes; index_add_ is ten times slower with int32
     if not x1.numel():
         return x
+    if float(w0) == 1 and is_plain(x) and is_plain(x1):
+        from dlrm_caffe2.operators import kernels
+
+        kernels.add_rows(x, indices, x1, float(w1))
+        return x
+    indices = indices.long()  # what index_copy_ takes; index_add_ is ten times slower with int32
     if float(w0) != 1:
         for positions in _occurrences(indices):
             rows = indices[positions]
@@ -76,14 +82,18 @@ def _scatter_many(tables: Sequence, kept: Sequence, indices: Sequence, values: S
     """The old rows' weight is 1."""
     import torch
 
+    from dlrm_caffe2.operators import kernels
+
     if float(kept[0]) != 1:
         return None
     found = joined_lookup(tables, indices)
     if found is None:
         return None
     storage, rows = found
-    steps = torch.cat(values).mul_(float(weights[0]))
-    storage.view(storage.shape[0], -1).index_add_(0, rows.long(), steps.view(rows.shape[0], -1))
+    added = torch.cat(values)
+    if not (is_plain(storage) and is_plain(added)):
+        return None
+    kernels.add_rows(storage, rows, added, float(weights[0]))
     return tables
 
 

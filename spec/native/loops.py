@@ -10,6 +10,7 @@ cache folder. It looks at changes of the loop's own file alone: where something 
 """
 
 import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,12 @@ class Team:
     def run(self, loop: "Loop", turns: int, threads: int, **values: float) -> None:
         """All turns of a loop, by so many threads at the most. `values` are its fields; addresses are of memory that
         outlives the call."""
-        arguments = np.array((0, turns, *map(values.__getitem__, loop.fields)), loop.dtype)
-        at = arguments.ctypes.data
+        # Bytes that nobody else has: the threads count the turns in them.
+        arguments = loop.pack(0, turns, *map(values.__getitem__, loop.fields))
         if self._parallel is None or threads == 1 or turns == 1:
-            loop.call(at)
+            loop.call(arguments)
         else:
-            self._parallel(loop.address, at, min(threads, turns), 0)
+            self._parallel(loop.address, arguments, min(threads, turns), 0)
 
 
 class Loop:
@@ -54,14 +55,15 @@ class Loop:
 
     Attributes:
         fields: names of its arguments.
-        dtype: a record of them, after the next turn and the number of turns.
+        pack: the next turn, the number of turns, and the arguments -> a record of them.
     """
 
     def __init__(self, function: Callable[[Any], None], fields: dict[str, type]) -> None:
         self.fields = tuple(fields)
-        self.dtype = np.dtype([("turn", np.int64), ("turns", np.int64),
-                               *((name, np.float64 if kind is float else np.int64) for name, kind in fields.items())])
-        signature = types.void(types.CPointer(numba.from_dtype(self.dtype)))
+        codes = {"turn": "q", "turns": "q"} | {name: "d" if kind is float else "q" for name, kind in fields.items()}
+        self.pack = struct.Struct("=" + "".join(codes.values())).pack
+        record = numba.from_dtype(np.dtype([(name, f"={code}") for name, code in codes.items()]))
+        signature = types.void(types.CPointer(record))
         try:
             compiled = numba.cfunc(signature, cache=True)(function)
         except RuntimeError:  # neither folder can be written to

@@ -1,0 +1,92 @@
+"""Operators that follow one another and that one function computes, without what they hand to each other.
+
+For nets that say so (`mark`): what lies between such operators is never made, so nobody may want to fetch it.
+`fusions.py` has the functions.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from dlrm_caffe2.net import argument, make_argument, with_operators
+from dlrm_caffe2.operators import Node
+from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
+
+_MARK = "fuse"
+
+
+class Fused(NamedTuple):
+    """Attributes:
+
+    type: that of the operators which takes the most time.
+    inputs, outputs: the blobs that are read and made.
+    run: the tensors of the former -> those of the latter. It writes nothing where it returns None, since it does not
+        take them, or raises what an operator refuses.
+    """
+
+    type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[..., Sequence[Any] | None]
+
+
+class Fusion(NamedTuple):
+    """The types of operators, one after the other, with alternatives, and what makes one of them, if it can."""
+
+    types: tuple[tuple[str, ...], ...]
+    match: Callable[..., Fused | None]
+
+
+def mark(net: NetDef) -> NetDef:
+    """A copy of the net of which nothing is wanted but its external outputs, with what belongs together side by side:
+    the gradient of a table's rows and their update, that of a layer and its update."""
+    operators = list(net.op)
+    for update in net.op:
+        if update.type not in ("ScatterWeightedSum", "WeightedSum"):
+            continue
+        made = {operator.output[at]: operator for operator in operators for at in range(len(operator.output))}
+        gradient = made.get(update.input[3 if update.type == "ScatterWeightedSum" else 2])
+        if gradient is None:
+            continue
+        start, end = (next(at for at, other in enumerate(operators) if other is one) for one in (gradient, update))
+        between = operators[start + 1:end]
+        if update.type == "ScatterWeightedSum":
+            if gradient.type == "SparseLengthsIndicesInGradientSumGradient" and _independent(gradient, between):
+                operators[start:end] = [*between, gradient]
+        elif gradient.type == "FCGradient":
+            while between and between[0].type == "WeightedSum":  # that of its other parameter
+                start, between = start + 1, between[1:]
+            if _independent(update, between):
+                operators[start + 1:end + 1] = [update, *between]
+    result = with_operators(net, operators)
+    result.arg.append(make_argument(_MARK, 1))
+    return result
+
+
+def is_marked(net: NetDef) -> bool:
+    return argument(net, _MARK).i == 1
+
+
+def find(fusions: Iterable[Fusion], nodes: Sequence[Node], start: int,
+         wanted: Sequence[str]) -> tuple[int, Fused] | None:
+    """How many of the nodes from `start` on can be computed by one function, and by which.
+
+    `wanted`: what the net makes for others.
+    """
+    for types, match in fusions:
+        its = nodes[start:start + len(types)]
+        if len(its) == len(types) and all(node.type in type for node, type in zip(its, types, strict=True)):
+            fused = match(*its)
+            if fused and not _is_missed(fused, its, [*nodes[:start], *nodes[start + len(its):]], wanted):
+                return len(types), fused
+    return None
+
+
+def _independent(one: OperatorDef, others: Iterable[OperatorDef]) -> bool:
+    """Whether it makes no difference if it comes before or after them."""
+    return not any({*one.input, *one.output} & {*other.output} or {*one.output} & {*other.input} for other in others)
+
+
+def _is_missed(fused: Fused, its: Sequence[Node], others: Iterable[Node], wanted: Sequence[str]) -> bool:
+    """Whether something else reads what would not be made."""
+    lost = {name for node in its for name in node.outputs}.difference(fused.outputs)
+    return not lost.isdisjoint(wanted) or any(not lost.isdisjoint(node.inputs) for node in others)
