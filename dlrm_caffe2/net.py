@@ -63,10 +63,15 @@ def argument(operator: OperatorDef, name: str) -> Argument:
 
 def outside_blobs(operators: Iterable[OperatorDef]) -> tuple[str, ...]:
     """The blobs that are read before any of the operators writes them."""
+    return read_before_written((operator.input, operator.output) for operator in operators)
+
+
+def read_before_written(operators: Iterable[tuple[Iterable[str], Iterable[str]]]) -> tuple[str, ...]:
+    """The same, of the inputs and outputs of each."""
     read, written = {}, set()
-    for operator in operators:
-        read |= dict.fromkeys(blob for blob in operator.input if blob not in written)
-        written.update(operator.output)
+    for inputs, outputs in operators:
+        read |= dict.fromkeys(blob for blob in inputs if blob not in written)
+        written.update(outputs)
     return tuple(read)
 
 

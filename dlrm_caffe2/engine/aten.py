@@ -62,7 +62,6 @@ class AtenEngine:
             except TypeError as error:
                 self._settled = None
                 raise EngineError(f"blob '{names[0]}': {error}") from None
-            # Rows of one width share a storage: an operator may then take those of all tables for those of one.
             shapes = [array.shape for array in arrays]
             parts = tensor.split([shape[0] for shape in shapes]) if len(arrays) > 1 else (tensor,)
             self._blobs.update(zip(names, parts, strict=True))
@@ -140,7 +139,7 @@ class AtenEngine:
         with torch.inference_mode():
             for stretch in plan.stretches:
                 start = time.perf_counter()
-                if not (stretch.together and (known or stretch.fused) and self._run_together(stretch, known)):
+                if not (stretch.fused and self._run_fused(stretch, known)):
                     for step in stretch.steps:
                         known = self._run_step(step, known) and known
                 if seconds is not None:
@@ -182,23 +181,20 @@ class AtenEngine:
         before, step.made = step.made, tuple(map(_type, outputs))
         return before == step.made
 
-    def _run_together(self, stretch: Stretch, known: bool) -> bool:
-        """False where their kernel does not take them. Asks their rules where their inputs are not `known`."""
-        blobs = self._blobs
+    def _run_fused(self, stretch: Stretch, known: bool) -> bool:
+        """False where that is not possible. Asks the rules of its steps where their inputs are not `known`."""
+        blobs, fused = self._blobs, stretch.fused
         try:
             if not known:
                 stretch.check({name: _type(blobs[name]) for name in stretch.reads})
-            if stretch.fused:
-                outputs = stretch.together(*map(blobs.__getitem__, stretch.inputs))
-            else:
-                outputs = stretch.together(*([blobs[name] for name in names] for names in stretch.inputs))
-        except OperatorError:  # they say which it is, one by one
+            outputs = fused.run(*map(blobs.__getitem__, fused.inputs))
+        except OperatorError:  # whose it is they say one by one
             return False
         except RuntimeError as error:
             raise EngineError(f"{stretch.steps[0].where} and the {len(stretch.steps) - 1} after it: {error}") from error
         if outputs is None:
             return False
-        blobs.update(zip(stretch.outputs, outputs, strict=True))
+        blobs.update(zip(fused.outputs, outputs, strict=True))
         return True
 
     def _synchronize(self) -> None:

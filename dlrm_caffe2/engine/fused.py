@@ -4,6 +4,7 @@ For nets that say so (`mark`): what lies between such operators is never made, s
 `fusions.py` has the functions.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ class Fused(NamedTuple):
 
 
 class Fusion(NamedTuple):
-    """The types of operators, one after the other, with alternatives, and what makes one of them, if it can."""
+    """A pattern of types of operators, each followed by a space, and what makes one of such operators, if it can."""
 
-    types: tuple[tuple[str, ...], ...]
-    match: Callable[..., Fused | None]
+    types: re.Pattern[str]
+    match: Callable[[Sequence[Node]], Fused | None]
 
 
 def mark(net: NetDef) -> NetDef:
@@ -72,12 +73,14 @@ def find(fusions: Iterable[Fusion], nodes: Sequence[Node], start: int,
 
     `wanted`: what the net makes for others.
     """
-    for types, match in fusions:
-        its = nodes[start:start + len(types)]
-        if len(its) == len(types) and all(node.type in type for node, type in zip(its, types, strict=True)):
-            fused = match(*its)
-            if fused and not _is_missed(fused, its, [*nodes[:start], *nodes[start + len(its):]], wanted):
-                return len(types), fused
+    types = "".join(f"{node.type} " for node in nodes[start:])
+    for pattern, match in fusions:
+        if found := pattern.match(types):
+            count = found[0].count(" ")
+            its, others = nodes[start:start + count], [*nodes[:start], *nodes[start + count:]]
+            fused = match(its)
+            if fused and not _is_missed(fused, its, others, wanted):
+                return count, fused
     return None
 
 

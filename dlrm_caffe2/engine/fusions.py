@@ -1,16 +1,20 @@
-"""What the embedded engine computes at once (fused.py): layers, their gradients with their updates, the dot interaction
-and its gradient, updates of rows."""
+"""What the embedded engine computes at once (fused.py): layers, their gradients with their updates, lookups of one row
+a sample, the dot interaction and its gradient, the cross-entropy, updates of rows."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from dlrm_caffe2.engine.fused import Fused, Fusion
 from dlrm_caffe2.operators import Node
 from dlrm_caffe2.operators.dense import step_of_layer
 from dlrm_caffe2.operators.lookup import expect_total
-from dlrm_caffe2.operators.rules import bounds, expect_indices, is_plain
+from dlrm_caffe2.operators.rules import are_plain, bounds, have_plain_rows
+from dlrm_caffe2.proto.caffe2_pb2 import TensorProto
 
 
-def _layer(fc: Node, relu: Node) -> Fused | None:
+def _layer(nodes: Sequence[Node]) -> Fused | None:
+    fc, relu = nodes
     if relu.inputs != fc.outputs or not _takes_matrices(fc):
         return None
 
@@ -24,8 +28,9 @@ def _layer(fc: Node, relu: Node) -> Fused | None:
     return Fused("FC", fc.inputs, relu.outputs, run)
 
 
-def _layer_gradient(gradient: Node, weights: Node, biases: Node, relu: Node | None = None) -> Fused | None:
+def _layer_gradient(nodes: Sequence[Node]) -> Fused | None:
     """That of a layer's input, and the step of its parameters."""
+    *relus, gradient, weights, biases = nodes
     x, w, dy = gradient.inputs
     dw, db, *dx = gradient.outputs
     one, rate = weights.inputs[1::2][:2]
@@ -34,7 +39,7 @@ def _layer_gradient(gradient: Node, weights: Node, biases: Node, relu: Node | No
         return None
     reads = [x, w, biases.outputs[0], one, rate, dy]
     over_y = False
-    if relu is not None:
+    for relu in relus:
         if relu.outputs != (dy,):
             return None
         reads[-1:] = [relu.inputs[1], relu.inputs[0]]
@@ -55,12 +60,37 @@ def _layer_gradient(gradient: Node, weights: Node, biases: Node, relu: Node | No
     return Fused("FCGradient", tuple(reads), (w, biases.outputs[0], *dx), run)
 
 
-def _hidden_layer_gradient(relu: Node, gradient: Node, weights: Node, biases: Node) -> Fused | None:
-    return _layer_gradient(gradient, weights, biases, relu)
+def _side_by_side(nodes: Sequence[Node]) -> Fused | None:
+    """One row a sample of each of some tables, and other vectors."""
+    *gathers, join = nodes
+    rows = {node.outputs[0]: node.inputs for node in gathers}
+    if not (join.args["axis"] == join.args["add_axis"] == 1 and "axis" in join.given
+            and len(rows) == len(gathers) and rows.keys() <= {*join.inputs}):
+        return None
+    sources = [rows[name][0] if name in rows else name for name in join.inputs]
+    indices = [rows[name][1] for name in join.inputs if name in rows]
+    at = [place for place, name in enumerate(join.inputs) if name in rows]
+
+    def run(*inputs):
+        import torch
+
+        from dlrm_caffe2.operators import kernels
+
+        sources, rows = inputs[:len(join.inputs)], inputs[len(join.inputs):]
+        if not are_plain(*sources) or any(x.dim() != 2 for x in sources) or any(i.dim() != 1 for i in rows):
+            return None
+        of_source = [None] * len(sources)
+        for place, its in zip(at, rows, strict=True):
+            of_source[place] = its
+        made = kernels.side_by_side(sources, of_source)
+        return None if made is None else (made, torch.ones(len(sources), dtype=torch.int32))
+
+    return Fused("Gather", (*sources, *indices), join.outputs, run)
 
 
-def _interaction(product: Node, flat: Node, chosen: Node, join: Node) -> Fused | None:
+def _interaction(nodes: Sequence[Node]) -> Fused | None:
     """Products of rows of one matrix, of which some are chosen, beside another."""
+    product, flat, chosen, join = nodes
     x, other = product.inputs
     if not (x == other and product.args["trans_b"] and not product.args["trans_a"] and flat.args["axis"] == 1
             and flat.inputs[0] == product.outputs[0] and chosen.inputs[0] == flat.outputs[0]
@@ -70,7 +100,7 @@ def _interaction(product: Node, flat: Node, chosen: Node, join: Node) -> Fused |
     def run(first, x, places):
         from dlrm_caffe2.operators import kernels
 
-        if not (is_plain(first) and is_plain(x) and (first.dim(), x.dim(), places.dim()) == (2, 3, 1)
+        if not (are_plain(first, x) and (first.dim(), x.dim(), places.dim()) == (2, 3, 1)
                 and _within(places, x.shape[1]**2)):
             return None
         return (kernels.chosen_products(first, x, _pairs(places, x.shape[1])),)
@@ -78,11 +108,15 @@ def _interaction(product: Node, flat: Node, chosen: Node, join: Node) -> Fused |
     return Fused("BatchMatMul", (join.inputs[0], x, chosen.inputs[1]), join.outputs[:1], run)
 
 
-def _interaction_gradient(beyond: Node, join: Node, chosen: Node, product: Node) -> Fused | None:
-    """The product with matrices of chosen gradients, or of what stands beside them: zeros, or a multiple of them."""
+def _interaction_gradient(nodes: Sequence[Node]) -> Fused | None:
+    """The product with matrices of chosen gradients, or of what stands beside them: zeros, or a multiple of them. It is
+    cut into one vector a sample for each row."""
+    beyond, join, chosen, product, split = nodes
     zeros = beyond.type == "ConstantFill"
     if not (join.inputs[1:] == beyond.outputs and _along_columns(join) and chosen.inputs[0] == join.outputs[0]
-            and product.inputs[0] == chosen.outputs[0] and not product.args["trans_a"] + product.args["trans_b"]):
+            and product.inputs[0] == chosen.outputs[0] and not product.args["trans_a"] + product.args["trans_b"]
+            and split.inputs[0] == product.outputs[0] and split.args["axis"] == split.args["add_axis"] == 1
+            and "axis" in split.given):
         return None
     if (beyond.args["value"] != 0 or beyond.args["shape"]) if zeros else beyond.inputs[0] != join.inputs[0]:
         return None
@@ -91,45 +125,84 @@ def _interaction_gradient(beyond: Node, join: Node, chosen: Node, product: Node)
     def run(dy, like, places, x):
         from dlrm_caffe2.operators import kernels
 
-        if not (is_plain(x) and dy.is_cpu and dy.dtype is x.dtype and dy.stride()[-1:] == (1,)
-                and (dy.dim(), like.dim(), places.dim(), x.dim()) == (2, 2, 2, 3) and places.dtype.itemsize == 8
+        if not (are_plain(x) and have_plain_rows(dy) and places.dtype.itemsize == 8
+                and (dy.dim(), like.dim(), places.dim(), x.dim()) == (2, 2, 2, 3)
                 and _within(places, dy.shape[1] + like.shape[1])):
             return None
-        return (kernels.chosen_sums(dy, places, scale, x),)
+        return kernels.chosen_sums(dy, places, scale, x).unbind(1)
 
-    return Fused("BatchMatMul", (join.inputs[0], beyond.inputs[0], chosen.inputs[1], product.inputs[1]),
-                 product.outputs, run)
-
-
-def _rows(spread: Node, scatter: Node) -> Fused | None:
-    """The gradient of a plain sum, given to each lookup of its bag, and added to the rows looked up."""
-    if scatter.inputs[3] != spread.outputs[0] or scatter.inputs[2] != spread.inputs[2]:
-        return None
-
-    def run(table, old, indices, dy, lengths, rate):
-        from dlrm_caffe2.operators import kernels
-
-        if float(old) != 1 or not is_plain(table) or not is_plain(dy) or not indices.numel():
-            return None
-        expect_total(spread, 1, lengths, len(indices))
-        expect_indices(scatter, 2, indices, len(table))
-        kernels.add_rows(table, indices, dy, float(rate), lengths)
-        return (table,)
-
-    return Fused("ScatterWeightedSum", (*scatter.inputs[:3], *spread.inputs[:2], scatter.inputs[4]), scatter.outputs,
+    return Fused("BatchMatMul", (join.inputs[0], beyond.inputs[0], chosen.inputs[1], product.inputs[1]), split.outputs,
                  run)
 
 
-_STEPS = (("FCGradient",), ("WeightedSum",), ("WeightedSum",))
+def _cross_entropy(nodes: Sequence[Node]) -> Fused | None:
+    """From a probability to the loss, and back to the gradient of the logit."""
+    classes, flat, cast, terms, mean, start, of_terms, of_classes, of_p, of_z = nodes
+    p, label = classes.inputs[0], flat.inputs[0]
+    if not (cast.inputs == flat.outputs and cast.args["to"] == TensorProto.INT32
+            and terms.inputs == (*classes.outputs, *cast.outputs) and mean.inputs == terms.outputs
+            and start.inputs == mean.outputs and start.args["value"] == 1 and not start.args["shape"]
+            and of_terms.inputs == (*terms.outputs, *start.outputs)
+            and of_classes.inputs == (*terms.inputs, *of_terms.outputs) and of_p.inputs == of_classes.outputs
+            and of_z.inputs == (p, *of_p.outputs)):
+        return None
 
-FUSIONS = [
-    Fusion((("FC",), ("Relu",)), _layer),
-    Fusion((("ReluGradient",), *_STEPS), _hidden_layer_gradient),
-    Fusion(_STEPS, _layer_gradient),
-    Fusion((("BatchMatMul",), ("Flatten",), ("BatchGather",), ("Concat",)), _interaction),
-    Fusion((("ConstantFill", "Scale"), ("Concat",), ("BatchGather",), ("BatchMatMul",)), _interaction_gradient),
-    Fusion((("SparseLengthsIndicesInGradientSumGradient",), ("ScatterWeightedSum",)), _rows),
-]
+    def run(p, label):
+        from dlrm_caffe2.operators import kernels
+
+        if not are_plain(p, label) or p.dim() != 2 or not p.numel():
+            return None
+        found = kernels.cross_entropy(p, label)
+        return None if found is None else (p.new_tensor(found[0]), found[1])
+
+    return Fused("LabelCrossEntropy", (p, label), (*mean.outputs, *of_z.outputs), run)
+
+
+def _rows(nodes: Sequence[Node]) -> Fused | None:
+    """What is added to rows of tables; the gradient of a plain sum is given to each lookup of its bag."""
+    spreads = {node.outputs[0]: node for node in nodes if node.type == _SPREAD}
+    scatters = [node for node in nodes if node.type != _SPREAD]
+    tables, olds, indices, values, rates = zip(*(node.inputs for node in scatters), strict=True)
+    its = [spreads.get(name) for name in values]
+    if not (len(olds) == olds.count(olds[0]) and len(rates) == rates.count(rates[0]) and len({*tables}) == len(tables)
+            and {*tables}.isdisjoint((*indices, *values)) and sum(node is not None for node in its) == len(spreads)
+            and all(node is None or node.inputs[2] == rows for node, rows in zip(its, indices, strict=True))):
+        return None
+    values = [name if node is None else node.inputs[0] for name, node in zip(values, its, strict=True)]
+    lengths = [node.inputs[1] for node in its if node is not None]
+    count = len(tables)
+
+    def run(old, rate, *inputs):
+        from dlrm_caffe2.operators import kernels
+
+        tables, indices, values = (inputs[at:at + count] for at in (0, count, 2 * count))
+        if float(old) != 1 or not are_plain(*tables) or not have_plain_rows(*values):
+            return None
+        given = iter(inputs[3 * count:])
+        lengths = [None if node is None else next(given) for node in its]
+        for node, its_lengths, rows in zip(its, lengths, indices, strict=True):
+            if node is not None:
+                expect_total(node, 1, its_lengths, len(rows))
+        if not kernels.rows_exist(tables, indices):
+            return None
+        kernels.add_rows(tables, indices, values, float(rate), lengths)
+        return tables
+
+    return Fused("ScatterWeightedSum", (olds[0], rates[0], *tables, *indices, *values, *lengths), tables, run)
+
+
+_SPREAD = "SparseLengthsIndicesInGradientSumGradient"
+
+FUSIONS = [Fusion(re.compile(types), match) for types, match in (
+    ("FC Relu ", _layer),
+    ("(ReluGradient )?FCGradient WeightedSum WeightedSum ", _layer_gradient),
+    ("(Gather )+Concat ", _side_by_side),
+    ("BatchMatMul Flatten BatchGather Concat ", _interaction),
+    ("(ConstantFill|Scale) Concat BatchGather BatchMatMul Split ", _interaction_gradient),
+    ("MakeTwoClass FlattenToVec Cast LabelCrossEntropy AveragedLoss ConstantFill AveragedLossGradient "
+     "LabelCrossEntropyGradient MakeTwoClassGradient SigmoidGradient ", _cross_entropy),
+    (f"(({_SPREAD} )?ScatterWeightedSum )+", _rows),
+)]
 
 
 def _takes_matrices(fc: Node) -> bool:

@@ -1,15 +1,14 @@
 """What the embedded engine knows of a net before it runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dlrm_caffe2.check import operator_name
-from dlrm_caffe2.engine import fused
-from dlrm_caffe2.engine.fused import Fused
+from dlrm_caffe2.engine.fused import Fused, find, is_marked
 from dlrm_caffe2.engine.fusions import FUSIONS
-from dlrm_caffe2.net import outside_blobs
+from dlrm_caffe2.net import outside_blobs, read_before_written
 from dlrm_caffe2.operators import Node, record
 from dlrm_caffe2.operators.record import Aten, TensorType
 from dlrm_caffe2.operators.rules import torch_dtype
@@ -49,28 +48,17 @@ class Step:
 
 
 class Stretch:
-    """Steps, one after the other, that one kernel may take together; or one step.
+    """Steps, one after the other, that one function can take together; or one step.
 
     Attributes:
-        type: that of the operators, or of those that are fused the one that takes the most time.
-        together: that kernel, of lists of tensors, or of tensors if it is `fused`; or None.
-        inputs: of operators that are alike, the first inputs of all, the second inputs of all, ...; of others, all that
-            the kernel reads.
-        outputs: what it makes.
-        reads: what the fused operators read that was there before them.
+        type: that of the operators; where it is fused, of the one that takes the most time.
+        reads: what the steps read that was there before them.
     """
 
     def __init__(self, steps: Sequence[Step], fused: Fused | None = None) -> None:
-        self.steps, self.type, self.fused = steps, steps[0].node.type, fused is not None
-        self.together: Callable | None = None
-        if fused:
-            self.type, self.inputs, self.outputs, self.together = fused
-            made = {name for step in steps for name in step.outputs}
-            self.reads = [name for step in steps for name in step.inputs if name not in made or name in fused.inputs]
-        elif len(steps) > 1:
-            self.together = steps[0].operator.aten_many.aten
-            self.inputs = list(zip(*(step.inputs for step in steps), strict=True))
-            self.outputs = [step.outputs[0] for step in steps]
+        self.steps, self.fused = steps, fused
+        self.type = fused.type if fused else steps[0].node.type
+        self.reads = read_before_written((step.inputs, step.outputs) for step in steps)
 
     def check(self, types: dict[str, tuple]) -> None:
         """Raise OperatorError where one of the steps refuses what it would be given, for the types of their inputs."""
@@ -94,37 +82,14 @@ def make_plan(net: NetDef, nodes: Sequence[Node]) -> Plan:
     steps = [Step(operator_name(net.name, number, node.type), node) for number, node in enumerate(nodes)]
     reads = outside_blobs(net.op)
     weights = {node.inputs[1] for node in nodes if node.type == "FC"}.intersection(reads)
-    return Plan(_stretches(net, steps), reads, frozenset(weights))
+    return Plan(list(_stretches(net, steps)), reads, frozenset(weights))
 
 
-def _stretches(net: NetDef, steps: Sequence[Step]) -> list[Stretch]:
+def _stretches(net: NetDef, steps: Sequence[Step]) -> Iterator[Stretch]:
     """In their order."""
-    nodes = [step.node for step in steps]
-    stretches, alone, at = [], [], 0
+    nodes, at = [step.node for step in steps], 0
     while at < len(steps):
-        found = fused.find(FUSIONS, nodes, at, net.external_output) if fused.is_marked(net) else None
-        count, loop = found or (1, None)
-        if loop is None:
-            alone.append(steps[at])
-        else:
-            stretches += [*map(Stretch, _side_by_side(alone)), Stretch(steps[at:at + count], loop)]
-            alone = []
+        found = find(FUSIONS, nodes, at, net.external_output) if is_marked(net) else None
+        count, fused = found or (1, None)
+        yield Stretch(steps[at:at + count], fused)
         at += count
-    return [*stretches, *map(Stretch, _side_by_side(alone))]
-
-
-def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
-    """In their order; together are neighbours that one kernel takes, none of which reads what another makes."""
-    stretches: list[list[Step]] = []
-    before, made = None, set()
-    for step in steps:
-        many = step.operator.aten_many
-        alike = many and many.key(step.node)
-        key = None if alike is None else (step.node.type, len(step.inputs), alike)
-        if key is None or key != before or not made.isdisjoint((*step.inputs, *step.outputs)):
-            stretches.append([])
-            made = set()
-        before = key
-        stretches[-1].append(step)
-        made.update(step.outputs)
-    return stretches

@@ -19,12 +19,12 @@ from dlrm_caffe2.operators.record import (
     gradient_operator,
 )
 from dlrm_caffe2.operators.rules import (
+    are_plain,
     dense,
     expect_dtype,
     expect_rank,
     expect_shape,
     expect_size,
-    is_plain,
     same_as_input,
 )
 
@@ -190,7 +190,7 @@ def _bmm_infer(node: Node, inputs: Sequence[TensorType]) -> list[TensorType]:
 def _bmm_aten(node: Node, a, b):
     import torch
 
-    if a is b and a.dim() == 3 and is_plain(a) and node.args["trans_b"] and not node.args["trans_a"]:
+    if a is b and a.dim() == 3 and are_plain(a) and node.args["trans_b"] and not node.args["trans_a"]:
         from dlrm_caffe2.operators import kernels
 
         return kernels.own_products(a)

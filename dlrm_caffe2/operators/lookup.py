@@ -17,7 +17,6 @@ from dlrm_caffe2.operators.record import (
     Arg,
     Gradient,
     GradientOps,
-    Many,
     Node,
     Operator,
     Slice,
@@ -27,7 +26,6 @@ from dlrm_caffe2.operators.record import (
 )
 from dlrm_caffe2.operators.rules import INDEX, bounds, dense, expect_dtype, expect_indices, expect_rank, expect_shape
 from dlrm_caffe2.operators.segments import CONSTANTS, as_matrix, bag_sums, scattered
-from dlrm_caffe2.operators.storage import joined_lookup
 
 _GRADIENT = "SparseLengthsIndicesInGradient{}Gradient"
 
@@ -347,14 +345,6 @@ def _gather_aten(node: Node, data, indices):
     return rows if indices.dim() == 1 else rows.reshape((*indices.shape, *data.shape[1:]))
 
 
-def _gather_many(data: Sequence, indices: Sequence):
-    found = joined_lookup(data, indices)
-    if found is None:
-        return None
-    storage, rows = found
-    return storage.index_select(0, rows).view(len(indices), -1, *storage.shape[1:]).unbind()
-
-
 def _gather_gradient(node: Node, outputs: Sequence[Gradient]) -> GradientOps:
     return GradientOps([], [Slice(node.inputs[1], dense(node, outputs[0])), None])
 
@@ -376,5 +366,5 @@ OPERATORS = [
     Operator(_GRADIENT.format("WeightedSumWithMainInput"), (5, 5), (2, 2), _main_input_infer, _main_input_aten,
              _WEIGHTED, onnx=_spread_onnx),
     Operator("Gather", (2, 2), (1, 1), _gather_infer, _gather_aten, gradient=_gather_gradient,
-             onnx=simple("D, I", "Y = Gather(D, I)"), aten_many=Many(lambda node: (), _gather_many)),
+             onnx=simple("D, I", "Y = Gather(D, I)")),
 ]

@@ -6,7 +6,7 @@ Updates add `lr * gradient`, so the learning rate is negative.
 from collections.abc import Sequence
 
 from dlrm_caffe2.operators.lowering import as_scalar, function, numbered, reshaped, simple
-from dlrm_caffe2.operators.record import FLOAT, INT64, Arg, Many, Node, Operator, TensorType
+from dlrm_caffe2.operators.record import FLOAT, INT64, Arg, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import (
     ANY_NUMBER,
     expect_dtype,
@@ -36,23 +36,6 @@ def _weighted_sum_aten(node: Node, x, weight, *others):
     for other, weight in zip(others[::2], others[1::2], strict=True):
         total.add_(other.reshape(x.shape), alpha=float(weight))
     return total
-
-
-def _steps(node: Node) -> tuple | None:
-    """The weights of two tensors, of which the first is updated in place by the second."""
-    if len(node.inputs) != 4 or node.outputs[0] != node.inputs[0] or node.inputs[0] == node.inputs[2]:
-        return None
-    return node.inputs[1::2]
-
-
-def _weighted_sum_many(totals: Sequence, weights: Sequence, others: Sequence, rates: Sequence):
-    """The first weight is 1."""
-    import torch
-
-    if float(weights[0]) != 1 or any(x.shape != other.shape for x, other in zip(totals, others, strict=True)):
-        return None
-    torch._foreach_add_(totals, others, alpha=float(rates[0]))
-    return totals
 
 
 def _weighted_sum_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -167,7 +150,7 @@ MISSPELT = ("decay_", "weight_decay_")
 
 OPERATORS = [
     Operator("WeightedSum", (2, ANY_NUMBER), (1, 1), _weighted_sum_infer, _weighted_sum_aten,
-             onnx=_weighted_sum_onnx, aten_many=Many(_steps, _weighted_sum_many)),
+             onnx=_weighted_sum_onnx),
     Operator("Adagrad", (4, 4), (2, 2), _adagrad_infer, _adagrad_aten, ADAGRAD | DECAY,
              onnx=_adagrad_onnx, ignored=MISSPELT),
     Operator("Iter", (1, 1), (1, 1), _iter_infer, _iter_aten, gradient=no_gradient,

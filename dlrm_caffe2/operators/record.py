@@ -4,7 +4,7 @@ The validity check, `gradient.py`, the engines, the exporter and the operator te
 A module of this folder holds one family of operators and lists its records in OPERATORS.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,18 +109,6 @@ torch is imported inside, so that nets can be built and checked without it. For 
 in place the kernel writes into the input tensor and returns it."""
 
 
-class Many(NamedTuple):
-    """A kernel for operators of one output that stand side by side in a net, none of which reads what another makes.
-
-    key: of a node; those that it takes together have the same one, and None is for those that it takes not at all.
-    aten: (first inputs, second inputs, ...) -> the output of each operator. None where they are better run, or refused,
-        one by one: nothing is written then.
-    """
-
-    key: Callable[[Node], Hashable]
-    aten: Callable[..., Sequence[Any] | None]
-
-
 Onnx = Callable[[Node, Sequence[int]], str]
 """(node, rank of each input) -> a model-local ONNX function that computes it, made by `lowering.function`. It checks
 no values: what the aten kernel refuses (an index out of range) ONNX runtimes may refuse, or not."""
@@ -136,7 +124,7 @@ class Operator:
         ignored: arguments that Caffe2 ignores and that nets in circulation have, besides HELPERS.
         in_place: {output position: input position} of outputs that must be the very same blob.
         overwrites: the position of an input of which the first output may be the blob: the aten kernel uses its memory.
-        infer, gradient, aten, aten_many, onnx: see the aliases above; gradient None means not differentiable,
+        infer, gradient, aten, onnx: see the aliases above; gradient None means not differentiable,
             onnx None means not exported.
     """
 
@@ -148,7 +136,6 @@ class Operator:
     args: Mapping[str, Arg] = field(default_factory=dict)
     gradient: MakeGradient | None = None
     onnx: Onnx | None = None
-    aten_many: Many | None = None
     in_place: Mapping[int, int] = field(default_factory=dict)
     ignored: Collection[str] = ()
     overwrites: int | None = None

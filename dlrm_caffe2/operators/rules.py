@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,19 @@ def torch_dtype(dtype: np.dtype) -> Any:
     return getattr(torch, dtype.name)
 
 
-def is_plain(x) -> bool:
-    """Whether a tensor is what compiled loops take (kernels.py)."""
-    return x.is_cpu and x.dtype is torch_dtype(FLOAT) and x.is_contiguous()
+_is_cpu, _is_contiguous, _dtype = attrgetter("is_cpu"), methodcaller("is_contiguous"), attrgetter("dtype")
+
+
+def are_plain(*tensors) -> bool:
+    """Whether they are what compiled loops take (kernels.py): float32, on the CPU, contiguous."""
+    return {*map(_dtype, tensors)} == {torch_dtype(FLOAT)} and all(map(_is_cpu, tensors)) and all(
+        map(_is_contiguous, tensors))
+
+
+def have_plain_rows(*tensors) -> bool:
+    """Whether they are, but that their rows may lie apart."""
+    return {*map(_dtype, tensors)} == {torch_dtype(FLOAT)} and all(map(_is_cpu, tensors)) and all(
+        x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) for x in tensors)
 
 
 def bounds(integers) -> tuple[int, int]:

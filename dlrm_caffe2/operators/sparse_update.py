@@ -13,18 +13,17 @@ from collections.abc import Iterator, Sequence
 from dlrm_caffe2.operators.distinct import run_starts
 from dlrm_caffe2.operators.lowering import as_scalar, function, reshaped
 from dlrm_caffe2.operators.optimizer import ADAGRAD, DECAY, MISSPELT, adagrad_constants, adagrad_step
-from dlrm_caffe2.operators.record import FLOAT, Arg, Many, Node, Operator, TensorType
+from dlrm_caffe2.operators.record import FLOAT, Arg, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import (
     INDEX,
+    are_plain,
     expect_dtype,
     expect_indices,
     expect_rank,
     expect_shape,
     expect_size,
-    is_plain,
 )
 from dlrm_caffe2.operators.segments import CONSTANTS, KEYS, SORTED_RUNS, as_matrix, bag_sums
-from dlrm_caffe2.operators.storage import joined_lookup
 
 
 def _occurrences(indices) -> Iterator:
@@ -63,10 +62,10 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     expect_indices(node, 2, indices, x.shape[0])
     if not x1.numel():
         return x
-    if float(w0) == 1 and is_plain(x) and is_plain(x1):
+    if float(w0) == 1 and are_plain(x, x1):
         from dlrm_caffe2.operators import kernels
 
-        kernels.add_rows(x, indices, x1, float(w1))
+        kernels.add_rows([x], [indices], [x1], float(w1))
         return x
     indices = indices.long()  # what index_copy_ takes; index_add_ is ten times slower with int32
     if float(w0) != 1:
@@ -76,25 +75,6 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     # Scaled first: index_add_ is several times slower with an alpha of its own.
     x.view(x.shape[0], -1).index_add_(0, indices, (x1 * float(w1)).reshape(indices.shape[0], -1))
     return x
-
-
-def _scatter_many(tables: Sequence, kept: Sequence, indices: Sequence, values: Sequence, weights: Sequence):
-    """The old rows' weight is 1."""
-    import torch
-
-    from dlrm_caffe2.operators import kernels
-
-    if float(kept[0]) != 1:
-        return None
-    found = joined_lookup(tables, indices)
-    if found is None:
-        return None
-    storage, rows = found
-    added = torch.cat(values)
-    if not (is_plain(storage) and is_plain(added)):
-        return None
-    kernels.add_rows(storage, rows, added, float(weights[0]))
-    return tables
 
 
 def _scatter_onnx(node: Node, ranks: Sequence[int]) -> str:
@@ -258,7 +238,7 @@ _BOTH = {0: 0, 1: 1}
 
 OPERATORS = [
     Operator("ScatterWeightedSum", (5, 5), (1, 1), _scatter_infer, _scatter_aten, _DISTINCT,
-             onnx=_scatter_onnx, in_place={0: 0}, aten_many=Many(lambda node: node.inputs[1::3], _scatter_many)),
+             onnx=_scatter_onnx, in_place={0: 0}),
     Operator("SparseAdagrad", (5, 5), (2, 2), _sparse_adagrad_infer, _sparse_adagrad(rowwise=False),
              ADAGRAD | DECAY | _DISTINCT, onnx=_sparse_adagrad_onnx, in_place=_BOTH, ignored=MISSPELT),
     Operator("RowWiseSparseAdagrad", (5, 5), (2, 2), _rowwise_adagrad_infer, _sparse_adagrad(rowwise=True),

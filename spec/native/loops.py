@@ -126,3 +126,8 @@ def int64s(address, count):
 @njit
 def float32s(address, count):
     return carray(_pointer(address), count, np.float32)
+
+
+@njit
+def float64s(address, count):
+    return carray(_pointer(address), count, np.float64)
