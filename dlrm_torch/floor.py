@@ -2,8 +2,8 @@
 each at its own size, its rows gathered, and its distinct rows added to. No activation, interaction or loss, no sorting,
 and no result: what is added is 0.
 
-Rows are read as the model reads them, one by one or in bags, and written in sorted blocks of which the values stay in
-the cache. Batches become tensors when they are first seen.
+Rows are read as the model reads them, one by one or in bags, and each distinct one is added to once, in its order, by
+the loop that the model's steps take. Batches become tensors when they are first seen.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_torch import kernels
 from dlrm_torch.embedding import EmbeddingBags
 from dlrm_torch.lookups import Lookups
-from dlrm_torch.optimizer import BLOCK_BYTES
 from spec.backend import Availability
 from spec.batch import Batch
 from spec.model import ModelSpec
@@ -41,7 +41,7 @@ class FloorModel:
         self._tables = EmbeddingBags(spec.tables, spec.embedding_dim).requires_grad_(False)
         for number, bag in enumerate(self._tables):
             bag.weight.copy_(torch.from_numpy(parameters[f"tables.{number}.weight"]))
-        self._zeros = torch.zeros(max(1, BLOCK_BYTES // (4 * spec.embedding_dim)), spec.embedding_dim)
+        self._zeros_11E = torch.zeros(1, 1, spec.embedding_dim)
         self._layers: dict[int, list[_Layer]] = {}
         self._seen: dict[int, tuple[Batch, list[Lookups], Tensor]] = {}
 
@@ -56,9 +56,8 @@ class FloorModel:
                 torch.mm(y.T, x, out=dw)
                 if dx is not None:
                     torch.mm(y, w, out=dx)
-            storage = self._tables.shared("weight")
-            for block in rows.split(len(self._zeros)):
-                storage.index_add_(0, block, self._zeros[:len(block)])
+            kernels.add_to_rows(self._tables.shared("weight"), rows, None, None, None,
+                                self._zeros_11E.expand(len(rows), -1, -1), 1.0)
         return 0.0
 
     def close(self) -> None:

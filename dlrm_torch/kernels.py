@@ -10,7 +10,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from spec.native.loops import Team, float32s, int32s, int64s, loop, prefetch, turn
-from spec.native.vectors import STEP, fma, load, splat, sqrt, store, total
+from spec.native.vectors import STEP, fma, load, splat, sqrt, store, total, where_not_positive
 
 _TEAM = Team(torch._C.__file__)
 _LIBRARY = torch.library.Library("dlrm", "DEF")
@@ -27,7 +27,7 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
 
 _AHEAD = 16
 """How many rows before it is needed a row is fetched from memory, of those that one thread works on."""
-_ROWS_A_TURN, _SAMPLES_A_TURN = 512, 32
+_ROWS_A_TURN, _SAMPLES_A_TURN, _SAMPLES_A_SUM = 512, 32, 64
 
 
 @_operator("(Tensor(a!) storage, Tensor rows, Tensor? ends, Tensor? factors, Tensor? row_weights, Tensor gradient, "
@@ -108,6 +108,23 @@ def dot_gradient(gradient: Tensor, features_BFE: Tensor, columns_FF: Tensor) -> 
               size=size, features=features_BFE.data_ptr(), columns=columns_FF.data_ptr(), gradient=gradient.data_ptr(),
               to_next=4 * gradient.stride(0), result=result.data_ptr())
     return result
+
+
+@_operator("(Tensor(a!) gradient, Tensor y) -> Tensor")
+def reverse_relu(gradient_BN: Tensor, y_BN: Tensor) -> Tensor:
+    """[N], the sum over the samples of the gradient, once it is 0 where y is not above 0. That of a NaN stays.
+
+    Args:
+        gradient_BN: its rows may lie apart.
+        y_BN: what ReLU made, contiguous.
+    """
+    samples, width = y_BN.shape
+    turns = -(-samples // _SAMPLES_A_SUM)
+    sums_TN = y_BN.new_zeros(turns, width)
+    _TEAM.run(_reverse_relu, turns, torch.get_num_threads(), samples=samples, width=width,
+              gradient=gradient_BN.data_ptr(), to_next=4 * gradient_BN.stride(0), y=y_BN.data_ptr(),
+              sums=sums_TN.data_ptr())
+    return sums_TN.sum(0) if turns > 1 else sums_TN[0]
 
 
 def _address(x: Tensor | None) -> int:
@@ -268,4 +285,23 @@ def _dot_gradient(pointer):
                                 factor += factor
                             g = fma(splat(factor), load(x + j * size + e, n), g)
                     store(dx + i * size + e, g, n)
+        number = turn(pointer)
+
+
+@loop(samples=int, width=int, gradient=int, to_next=int, y=int, sums=int)
+def _reverse_relu(pointer):
+    """A turn is some samples."""
+    a = carray(pointer, 1)[0]
+    turns, samples, size, gradient, to_next, ys = a.turns, a.samples, 4 * a.width, a.gradient, a.to_next, a.y
+    all_sums = a.sums
+    number = turn(pointer)
+    while number < turns:
+        sums = all_sums + number * size
+        for sample in range(number * _SAMPLES_A_SUM, min((number + 1) * _SAMPLES_A_SUM, samples)):
+            g, y = gradient + sample * to_next, ys + sample * size
+            for e in range(0, size, STEP):
+                n = (size - e) // 4
+                kept = where_not_positive(load(y + e, n), splat(0), load(g + e, n))
+                store(g + e, kept, n)
+                store(sums + e, load(sums + e, n) + kept, n)
         number = turn(pointer)

@@ -22,13 +22,18 @@ Mark = Callable[[str], None]
 _aten = torch.ops.aten
 
 
-def _reverse_relu(gradient: Tensor, y: Tensor) -> None:
-    """The gradient of y becomes that of what the activation made it of."""
+def _reverse_relu(gradient: Tensor, y: Tensor) -> Tensor:
+    """The gradient of y becomes that of what the activation made it of. Returns its sum over the samples."""
+    kernels = kernels_for(gradient)
+    if kernels is not None:
+        return kernels.reverse_relu(gradient, y)
     _aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
+    return gradient.sum(0)
 
 
-def _reverse_sigmoid(gradient: Tensor, y: Tensor) -> None:
+def _reverse_sigmoid(gradient: Tensor, y: Tensor) -> Tensor:
     _aten.sigmoid_backward.grad_input(gradient, y, grad_input=gradient)
+    return gradient.sum(0)
 
 
 _IN_PLACE = {torch.relu: (torch.relu_, _reverse_relu), torch.sigmoid: (torch.sigmoid_, _reverse_sigmoid)}
@@ -62,7 +67,8 @@ class TrainStep:
         loss, gradient = self._loss(top[-1], inputs.label, mark)
 
         first = self._model.top[0].padded()
-        gradient = self._reverse_linear(self._last, top[-1], gradient, self._last.weight if self._top else first, mark)
+        gradient = self._reverse_linear(self._last, top[-1], gradient, gradient.sum(0),
+                                        self._last.weight if self._top else first, mark)
         gradient = self._reverse(self._top, top, gradient, first, mark)
         gradient_BFE = self._interaction.reverse(gradient, features_BFE)
         mark("interaction")
@@ -94,14 +100,14 @@ class TrainStep:
         """
         for number in reversed(range(len(layers))):
             layer = layers[number]
-            layer.reverse(gradient, xs[number + 1])
+            sums = layer.reverse(gradient, xs[number + 1])
             mark("activation")
-            gradient = self._reverse_linear(layer, xs[number], gradient, layer.weight if number else first, mark)
+            gradient = self._reverse_linear(layer, xs[number], gradient, sums, layer.weight if number else first, mark)
         return gradient
 
-    def _reverse_linear(self, layer: "_Layer", x: Tensor, gradient: Tensor, to_x: Tensor | None,
+    def _reverse_linear(self, layer: "_Layer", x: Tensor, gradient: Tensor, sums: Tensor, to_x: Tensor | None,
                         mark: Mark) -> Tensor | None:
-        """Updates the layer, from the gradient [B, out] of what it made of x [B, in].
+        """Updates the layer, from the gradient [B, out] of what it made of x [B, in], and its sums over the samples.
 
         Returned is the gradient of x, where it is wanted: the product with `to_x` [out, in].
         """
@@ -109,9 +115,9 @@ class TrainStep:
         gradient_of_x = None if to_x is None else gradient.mm(to_x)
         if self._optimizer.adds_product(weight, len(x)):
             weight.t().addmm_(x.t(), gradient, alpha=-self._optimizer.rate)
-            updates = (bias,), (gradient.sum(0),)
+            updates = (bias,), (sums,)
         else:
-            updates = (weight, bias), (x.t().mm(gradient).t(), gradient.sum(0))
+            updates = (weight, bias), (x.t().mm(gradient).t(), sums)
         mark("fc")
         self._optimizer.update(*updates)
         mark("optimizer")
@@ -148,7 +154,7 @@ class _Layer(NamedTuple):
     weight: nn.Parameter
     bias: nn.Parameter
     apply: Callable[[Tensor], Tensor]
-    reverse: Callable[[Tensor, Tensor], None]
+    reverse: Callable[[Tensor, Tensor], Tensor]
 
 
 def _layers(mlp: MLP) -> list[_Layer]:

@@ -108,6 +108,21 @@ def test_dot_interaction(width, vectors, itself, threads):
     close(kernels.dot_gradient(padded, x, columns), gradient)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("samples", [1, 64, 150])
+def test_reversing_relu(width, samples, threads):
+    rng = np.random.default_rng(width)
+    y = random(rng, samples, width).relu_()
+    y[0, 0] = np.nan
+    wide = random(rng, samples, 3, width)
+    gradient = wide[:, 1]
+    before, expected = wide.clone(), torch.ops.aten.threshold_backward(gradient, y, 0)
+    sums = kernels.reverse_relu(gradient, y)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(wide[:, 0], before[:, 0]) and torch.equal(wide[:, 2], before[:, 2])
+    close(sums, expected.double().sum(0))
+
+
 def test_any_number_of_threads_makes_the_same_bits():
     made = []
     for threads in (1, 2, 5):

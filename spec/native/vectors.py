@@ -146,6 +146,15 @@ def total(context, x):
     return types.float32(_VECTOR), generate
 
 
+@intrinsic
+def where_not_positive(context, x, y, z):
+    """y where x is 0 or less, z elsewhere: also where x is NaN."""
+    def generate(context, builder, signature, arguments):
+        x, y, z = arguments
+        return builder.select(builder.fcmp_ordered("<=", x, ir.Constant(_FLOATS, [0.0] * LANES)), y, z)
+    return _VECTOR(_VECTOR, _VECTOR, _VECTOR), generate
+
+
 def _element_by_element(instruction):
     @intrinsic
     def apply(context, x, y):
