@@ -3,13 +3,17 @@
 All take float32. They are compiled when this module is first imported (spec/native/loops.py): by a training step alone.
 """
 
+import math
+from array import array
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
-from spec.native.loops import Team, float32s, int32s, int64s, loop, prefetch, turn
+from spec.loss import FLOOR
+from spec.native.loops import Team, float32s, float64s, int32s, int64s, loop, prefetch, turn
 from spec.native.vectors import STEP, fma, load, splat, sqrt, store, total, where_not_positive
 
 _TEAM = Team(torch._C.__file__)
@@ -27,7 +31,7 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
 
 _AHEAD = 16
 """How many rows before it is needed a row is fetched from memory, of those that one thread works on."""
-_ROWS_A_TURN, _SAMPLES_A_TURN, _SAMPLES_A_SUM = 512, 32, 64
+_ROWS_A_TURN, _SAMPLES_A_TURN, _SAMPLES_A_SUM, _TERMS_A_TURN = 512, 32, 64, 4096
 
 
 @_operator("(Tensor(a!) storage, Tensor rows, Tensor? ends, Tensor? factors, Tensor? row_weights, Tensor gradient, "
@@ -125,6 +129,22 @@ def reverse_relu(gradient_BN: Tensor, y_BN: Tensor) -> Tensor:
               gradient=gradient_BN.data_ptr(), to_next=4 * gradient_BN.stride(0), y=y_BN.data_ptr(),
               sums=sums_TN.data_ptr())
     return sums_TN.sum(0) if turns > 1 else sums_TN[0]
+
+
+@_operator("(Tensor p, Tensor label, float low, float high, float negative_weight, float positive_weight) -> "
+           "(float, Tensor)")
+def cross_entropy(p_B1: Tensor, label_B1: Tensor, low: float, high: float, negative_weight: float,
+                  positive_weight: float) -> tuple[float, Tensor]:
+    """The mean of the terms of `loss.py`, and its gradient [B, 1] by the logit, of which p is the sigmoid. Labels are 0
+    or 1; p is clipped to [low, high]."""
+    gradient_B1 = torch.empty_like(p_B1)
+    samples = len(p_B1)
+    turns = -(-samples // _TERMS_A_TURN)
+    sums = array("d", [0.0]) * turns
+    _TEAM.run(_cross_entropy, turns, torch.get_num_threads(), samples=samples, p=p_B1.data_ptr(),
+              label=label_B1.data_ptr(), low=low, high=high, negative_weight=negative_weight,
+              positive_weight=positive_weight, gradient=gradient_B1.data_ptr(), sums=sums.buffer_info()[0])
+    return float(np.float32(sum(sums) / samples)), gradient_B1
 
 
 def _address(x: Tensor | None) -> int:
@@ -304,4 +324,37 @@ def _reverse_relu(pointer):
                 kept = where_not_positive(load(y + e, n), splat(0), load(g + e, n))
                 store(g + e, kept, n)
                 store(sums + e, load(sums + e, n) + kept, n)
+        number = turn(pointer)
+
+
+@loop(samples=int, p=int, label=int, low=float, high=float, negative_weight=float, positive_weight=float, gradient=int,
+      sums=int)
+def _cross_entropy(pointer):
+    """A turn is some samples."""
+    a = carray(pointer, 1)[0]
+    turns, samples = a.turns, a.samples
+    ps, labels, gradients = float32s(a.p, samples), float32s(a.label, samples), float32s(a.gradient, samples)
+    sums, low, high = float64s(a.sums, turns), np.float32(a.low), np.float32(a.high)
+    weights = np.float32(a.negative_weight), np.float32(a.positive_weight)
+    one, floor, count = np.float32(1), np.float32(FLOOR), np.float32(samples)
+    number = turn(pointer)
+    while number < turns:
+        terms = 0.0
+        for sample in range(number * _TERMS_A_TURN, min((number + 1) * _TERMS_A_TURN, samples)):
+            p, positive = ps[sample], labels[sample] == one
+            clipped = p
+            if p < low:
+                clipped = low
+            if p > high:
+                clipped = high
+            q = clipped if positive else one - clipped
+            if q < floor:
+                q = floor
+            weight = weights[1] if positive else weights[0]
+            terms -= weight * math.log(q)
+            by_p = weight / q / count
+            if p <= low or p >= high:
+                by_p = np.float32(0)
+            gradients[sample] = (-by_p if positive else by_p) * p * (one - p)
+        sums[number] = terms
         number = turn(pointer)

@@ -1,5 +1,7 @@
 """The losses, each a mean over the batch, with the gradient that the spec wants."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,19 +39,26 @@ def _cross_entropy(loss: Loss, p: Tensor, label: Tensor) -> tuple[Tensor, Tensor
     clipped, and at the bounds themselves (ClipGradient).
     """
     positive = label == 1
+    low, high, *class_weights = clip_and_weights(loss)
     if loss.clip:
-        low = float(np.float32(loss.clip))
-        high = 1 - low
         inside = (p > low) & (p < high)
         p = p.clamp(low, high)
     floored = torch.where(positive, p, 1 - p).clamp_(min=FLOOR)
     terms, inverse = floored.log().neg_(), floored.reciprocal_()
     gradient = torch.where(positive, -inverse, inverse)
     if loss.weights is not None:
-        negative_weight, positive_weight = (terms.new_tensor(np.float32(weight)) for weight in loss.weights)
+        negative_weight, positive_weight = map(terms.new_tensor, class_weights)
         weights = torch.where(positive, positive_weight, negative_weight)
         terms, gradient = terms * weights, gradient * weights
     return terms, gradient * inside if loss.clip else gradient
+
+
+def clip_and_weights(loss: Loss) -> tuple[float, float, float, float]:
+    """Of a cross-entropy, as float32: the least and the greatest probability, the weights of the classes 0 and 1."""
+    low = float(np.float32(loss.clip)) if loss.clip else -math.inf
+    high = 1 - low
+    negative, positive = (float(np.float32(weight)) for weight in loss.weights or (1, 1))
+    return low, high, negative, positive
 
 
 class _MeanLoss(torch.autograd.Function):

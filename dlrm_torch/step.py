@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dlrm_torch.compiled import kernels_for
 from dlrm_torch.inputs import Inputs
-from dlrm_torch.loss import loss_and_gradient, mean_loss
+from dlrm_torch.loss import clip_and_weights, loss_and_gradient, mean_loss
 from dlrm_torch.model import DLRM, MLP, pair_columns
 from dlrm_torch.optimizer import Optimizer
 
@@ -76,21 +76,25 @@ class TrainStep:
         self._reverse(self._bottom, bottom, bottom_gradient_B1E.flatten(1), None, mark)
         self._optimizer.update_tables(inputs.lookups, gradients)
         mark("optimizer")
-        return loss.item()
+        return loss
 
-    def _loss(self, x: Tensor, label_B1: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
+    def _loss(self, x: Tensor, label_B1: Tensor, mark: Mark) -> tuple[float, Tensor]:
         """For what the last hidden layer made; and its gradient with respect to the logit."""
         logit_B1 = torch.addmm(self._last.bias, x, self._last.weight.t())
         mark("fc")
         probability_B1 = logit_B1.sigmoid()
         mark("activation")
-        loss = self._model.spec.loss
+        loss, kernels = self._model.spec.loss, kernels_for(probability_B1)
+        if kernels is not None and loss.kind in ("bce", "wbce"):
+            made = kernels.cross_entropy(probability_B1, label_B1, *clip_and_weights(loss))
+            mark("loss")
+            return made
         value, gradient_B1 = loss_and_gradient(loss, logit_B1, probability_B1, label_B1)
         mark("loss")
         if loss.kind != "bce_logits":
             _reverse_sigmoid(gradient_B1, probability_B1)
             mark("activation")
-        return value, gradient_B1
+        return value.item(), gradient_B1
 
     def _reverse(self, layers: Sequence["_Layer"], xs: Sequence[Tensor], gradient: Tensor, first: Tensor | None,
                  mark: Mark) -> Tensor | None:

@@ -7,6 +7,8 @@ import torch
 from dlrm_torch import kernels
 from dlrm_torch.compiled import kernels_for
 from dlrm_torch.lookups import Lookups
+from dlrm_torch.loss import clip_and_weights, loss_and_gradient
+from spec.model import Loss
 
 WIDTHS = [1, 5, 16, 20, 64]
 
@@ -121,6 +123,24 @@ def test_reversing_relu(width, samples, threads):
     assert torch.equal(gradient, expected)
     assert torch.equal(wide[:, 0], before[:, 0]) and torch.equal(wide[:, 2], before[:, 2])
     close(sums, expected.double().sum(0))
+
+
+@pytest.mark.parametrize("loss", [Loss(), Loss(clip=0.1), Loss(kind="wbce", weights=(0.3, 2.0)),
+                                  Loss(kind="wbce", weights=(0.3, 2.0), clip=0.25)], ids=str)
+def test_cross_entropy(loss, threads):
+    rng = np.random.default_rng(0)
+    samples = 9000  # three turns
+    z = 4 * random(rng, samples, 1)
+    z[:4, 0] = torch.tensor([-200., 200, -200, 200])  # saturated, with both labels
+    p, label = z.sigmoid(), torch.from_numpy(rng.integers(0, 2, (samples, 1)).astype(np.float32))
+    label[:4, 0] = torch.tensor([0., 0, 1, 1])
+    p[4:8, 0] = torch.tensor([0.1, 0.9, 0.25, 0.75])  # at the bounds
+    value, gradient = kernels.cross_entropy(p, label, *clip_and_weights(loss))
+    expected, by_p = loss_and_gradient(loss, z, p, label)
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, torch.ops.aten.sigmoid_backward(by_p, p), rtol=2e-6, atol=0)
+    p[0] = np.nan
+    assert np.isnan(kernels.cross_entropy(p, label, *clip_and_weights(loss))[0])
 
 
 def test_any_number_of_threads_makes_the_same_bits():
