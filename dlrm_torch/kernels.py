@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spec.loss import FLOOR
 from spec.native.loops import Team, float32s, float64s, int32s, int64s, loop, prefetch, turn
-from spec.native.vectors import STEP, fma, load, splat, sqrt, store, total, where_not_positive
+from spec.native.vectors import STEP, add_scaled, fma, load, splat, sqrt, store, total, where_not_positive
 
 _TEAM = Team(torch._C.__file__)
 _LIBRARY = torch.library.Library("dlrm", "DEF")
@@ -172,7 +172,9 @@ def _add_to_rows(pointer):
             k, last = first, first + samples
         g = gradient + table * to_next_table
         for bag in range(first, first + samples):
+            prefetch(g + to_next_sample, size)
             scale = rate * factors[bag] if has_factors else rate
+            factor = splat(scale)
             end = ends[bag] if in_bags else bag + 1
             while k < end:
                 if k + ahead < last:
@@ -182,11 +184,9 @@ def _add_to_rows(pointer):
                 row = few[k] if narrow else many[k]
                 k += 1
                 if row & (shards - 1) == shard:
-                    factor = splat(scale * row_weights[row] if has_weights else scale)
-                    w = storage + row * size
-                    for e in range(0, size, STEP):
-                        n = (size - e) // 4
-                        store(w + e, fma(factor, load(g + e, n), load(w + e, n)), n)
+                    if has_weights:
+                        factor = splat(scale * row_weights[row])
+                    add_scaled(storage + row * size, factor, g, size)
             g += to_next_sample
         number = turn(pointer)
 

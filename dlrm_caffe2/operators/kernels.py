@@ -16,7 +16,7 @@ from numba import carray
 
 from dlrm_caffe2.operators.cross_entropy import LOG_FLOOR
 from spec.native.loops import Team, float32s, float64s, int32s, int64s, loop, prefetch, turn
-from spec.native.vectors import STEP, fma, load, splat, store, total
+from spec.native.vectors import STEP, add_scaled, fma, load, splat, store, total
 
 _TEAM = Team(torch._C.__file__)
 _AHEAD = 16
@@ -152,10 +152,7 @@ def _add_rows(pointer):
                         prefetch(table + coming * size, size)
                 index = few[k] if short else many[k]
                 if index & (parts - 1) == mine:
-                    row = table + index * size
-                    for e in range(0, size, STEP):
-                        left = (size - e) // 4
-                        store(row + e, fma(weight, load(value + e, left), load(row + e, left)), left)
+                    add_scaled(table + index * size, weight, value, size)
                 k += 1
             value += to_next
         number = turn(pointer)

@@ -109,7 +109,13 @@ def _prefetch(context, address):
 @njit(forceinline=True)
 def prefetch(address, size):
     """Begin to fetch so many bytes, which are soon to be read and written."""
-    for line in range(0, size, 64):
+    fours = size & -256
+    for line in range(0, fours, 256):
+        _prefetch(address + line)
+        _prefetch(address + line + 64)
+        _prefetch(address + line + 128)
+        _prefetch(address + line + 192)
+    for line in range(fours, size, 64):
         _prefetch(address + line)
 
 

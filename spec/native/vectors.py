@@ -117,6 +117,27 @@ def store(address, x, n):
 
 
 @njit(forceinline=True)
+def _add_scaled(to, factor, source):
+    _store(to, fma(factor, _load(source), _load(to)))
+
+
+@njit(forceinline=True)
+def add_scaled(to, factor, source, size):
+    """to += factor * source, for so many bytes at each of two addresses."""
+    fours, whole = size & -(4 * STEP), size & -STEP
+    for e in range(0, fours, 4 * STEP):
+        _add_scaled(to + e, factor, source + e)
+        _add_scaled(to + e + STEP, factor, source + e + STEP)
+        _add_scaled(to + e + 2 * STEP, factor, source + e + 2 * STEP)
+        _add_scaled(to + e + 3 * STEP, factor, source + e + 3 * STEP)
+    for e in range(fours, whole, STEP):
+        _add_scaled(to + e, factor, source + e)
+    if whole < size:
+        n = (size - whole) // 4
+        _store_part(to + whole, fma(factor, _load_part(source + whole, n), _load_part(to + whole, n)), n)
+
+
+@njit(forceinline=True)
 def splat(number):
     """It 16 times."""
     return _splat(np.float32(number))
