@@ -1,6 +1,7 @@
-"""Compiled loops for what PyTorch has no fast kernel for on a CPU: adding to rows of tables, and the dot interaction.
+"""Compiled loops for what PyTorch has no fast kernel for on a CPU: adding to rows of tables, the dot interaction, and
+what it has several small kernels for.
 
-All take float32. They are compiled when this module is first imported (spec/native/loops.py): by a training step alone.
+All take float32, and check nothing. They are compiled when this module is first imported (spec/native/loops.py).
 """
 
 import math
