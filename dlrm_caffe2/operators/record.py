@@ -108,7 +108,6 @@ passed `infer`; checks of values (an index in range, lengths that add up) are ma
 torch is imported inside, so that nets can be built and checked without it. For an output that Caffe2 updates
 in place the kernel writes into the input tensor and returns it."""
 
-
 Onnx = Callable[[Node, Sequence[int]], str]
 """(node, rank of each input) -> a model-local ONNX function that computes it, made by `lowering.function`. It checks
 no values: what the aten kernel refuses (an index out of range) ONNX runtimes may refuse, or not."""
