@@ -2,8 +2,8 @@
 
 A bag's pooled vector is the sum of its rows; a row's gradient is the sum of the gradients of the bags that it was in.
 Both are one embedding_bag: over the table with the rows in the order of the bags, and over the gradient with the bags
-in the order of the rows. That sums the occurrences of a row before any optimizer sees them, adds nothing twice into
-one place, and so gives the same bits in every run.
+in the order of the rows. That sums the occurrences of a row before a stateful optimizer sees them, adds nothing twice
+into one place, and so gives the same bits in every run. (Under SGD a compiled loop needs no such sums: kernels.py.)
 """
 
 from collections.abc import Iterator

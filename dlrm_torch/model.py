@@ -105,8 +105,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features_BFE: Tensor, kernels: ModuleType, every_column_FF: Tensor) -> Tensor:
         ctx.save_for_backward(features_BFE)
-        width = int(every_column_FF.max()) + 1
-        output = kernels.dot_products(features_BFE.contiguous(), every_column_FF, width)
+        _, count, width = features_BFE.shape
+        output = kernels.dot_products(features_BFE.contiguous(), every_column_FF, width + count * (count + 1) // 2)
         return output.index_select(1, every_column_FF.flatten()).view(-1, *every_column_FF.shape)
 
     @staticmethod

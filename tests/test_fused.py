@@ -9,9 +9,10 @@ import torch
 
 from dlrm_caffe2.engine.aten import AtenEngine
 from dlrm_caffe2.engine.fused import mark
+from dlrm_caffe2.engine.fusions import FUSIONS
 from dlrm_caffe2.engine.plan import Stretch
 from dlrm_caffe2.net import make_operator
-from dlrm_caffe2.operators import kernels
+from dlrm_caffe2.operators import kernels, read, record
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 from spec import toml
 from spec.backend import load_backend
@@ -304,3 +305,58 @@ def test_criteos_step_is_fused_also_where_bags_differ_in_size(taken: list):
         model.close()
         assert set(gather) <= set(taken) and all(together for *_, together in taken)
         assert {type for type, *_ in taken} >= {"FC", "BatchMatMul", "FCGradient", "ScatterWeightedSum"}
+
+
+def test_classes_that_are_not_one_a_sample_are_left_to_the_operators(taken: list):
+    """p [B, 2] makes four classes of each sample, and there are fewer labels than numbers."""
+    feeds = {"p": np.full((6, 2), 0.3, np.float32), "label": np.ones((6, 1), np.float32)}
+    compare(LOSS, feeds, ["loss", "dz"])
+    assert taken == [("LabelCrossEntropy", 10, False)] * 2
+    fused = next(fusion for fusion in FUSIONS if "MakeTwoClass" in fusion.types.pattern).match(list(map(read, LOSS)))
+    assert fused.run(torch.full((6, 2), 0.3), torch.ones(12, 1)[:6]) is None, "what lies behind a label is none"
+
+
+def test_a_table_of_one_row_however_it_lies(taken: list):
+    """The stride of a dimension of size 1 says nothing of the row."""
+    table, indices, values = torch.zeros(20, 1).t(), torch.zeros(3, dtype=torch.int64), torch.ones(3, 20)
+    assert table.shape == (1, 20) and table.stride(0) == 1 and table.is_contiguous()
+    kernels.add_rows([table], [indices], [values], 2.0)
+    assert (table == 6).all()
+
+
+@pytest.mark.parametrize("type", ["Gather", "ScatterWeightedSum"])
+def test_indices_that_lie_apart(type: str):
+    """A loop would read what lies between them."""
+    apart = torch.tensor([1, 2, 0, 2])[::2]
+    node = read(GATHERS[0] if type == "Gather" else updates(4, False)[0][0])
+    if type == "Gather":
+        fused = next(fusion for fusion in FUSIONS if fusion.types.match("Gather Concat ")).match(
+            [node, read(make_operator("Concat", ["g0"], ["f", "lengths"], axis=1, add_axis=1))])
+        assert fused.run(torch.ones(3, 4), apart) is None
+    else:
+        found = record(type).aten(node, torch.zeros(3, 4), torch.ones(1), apart, torch.ones(2, 4), torch.ones(1))
+        assert found.sum(1).tolist() == [4, 4, 0]
+
+
+def test_what_one_of_them_makes_is_not_read_from_before(taken: list):
+    """Concat's first input is the matrix that Flatten has just made; a gathered row is the next one's table."""
+    feeds = features(7, 4, 5)
+    join = make_operator("Concat", ["flat", "chosen"], ["y", "lengths"], axis=1)
+    compare([*INTERACTION[:3], join], feeds | {"flat": floats(7, 16)}, ["y"])
+    assert taken == []
+    chained = [make_operator("Gather", ["t0", "i0"], ["t1"]), make_operator("Gather", ["t1", "i1"], ["g1"])]
+    feeds = {name: array for name, array in tables(6, 4).items() if name != "x"}
+    compare([*chained, make_operator("Concat", ["t1", "g1"], ["f", "lengths"], axis=1, add_axis=1)], feeds, ["f"])
+    assert {count for _, count, _ in taken} == {2}, "the second row and the join"
+
+
+def test_biases_of_another_shape_are_left_to_the_operators(taken: list):
+    """WeightedSum compares sizes alone."""
+    gradient = make_operator("FCGradient", ["x", "w", "dy"], ["dw", "db"])
+    feeds = layer(5, 3, 4)
+    compare([gradient, *STEPS], feeds | {"b": feeds["b"][:, None]}, ["w", "b"])
+    assert not any(together for *_, together in taken)
+
+
+def test_a_sum_of_one_tensor_is_no_step():
+    assert len(mark(net([make_operator("WeightedSum", ["w", "one"], ["w"])], ["w"])).op) == 1

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dlrm_caffe2.net import argument, make_argument, with_operators
+from dlrm_caffe2.net import argument, make_argument, read_before_written, with_operators
 from dlrm_caffe2.operators import Node
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
 
@@ -42,9 +42,9 @@ def mark(net: NetDef) -> NetDef:
     the gradient of a table's rows and their update, that of a layer and its update."""
     operators = list(net.op)
     for update in net.op:
-        if update.type not in ("ScatterWeightedSum", "WeightedSum"):
+        if (update.type, len(update.input)) not in (("ScatterWeightedSum", 5), ("WeightedSum", 4)):
             continue
-        made = {operator.output[at]: operator for operator in operators for at in range(len(operator.output))}
+        made = {name: operator for operator in operators for name in operator.output}
         gradient = made.get(update.input[3 if update.type == "ScatterWeightedSum" else 2])
         if gradient is None:
             continue
@@ -79,7 +79,7 @@ def find(fusions: Iterable[Fusion], nodes: Sequence[Node], start: int,
             count = found[0].count(" ")
             its, others = nodes[start:start + count], [*nodes[:start], *nodes[start + count:]]
             fused = match(its)
-            if fused and not _is_missed(fused, its, others, wanted):
+            if fused and _are_there_before(fused.inputs, its) and not _is_missed(fused, its, others, wanted):
                 return count, fused
     return None
 
@@ -87,6 +87,11 @@ def find(fusions: Iterable[Fusion], nodes: Sequence[Node], start: int,
 def _independent(one: OperatorDef, others: Iterable[OperatorDef]) -> bool:
     """Whether it makes no difference if it comes before or after them."""
     return not any({*one.input, *one.output} & {*other.output} or {*one.output} & {*other.input} for other in others)
+
+
+def _are_there_before(inputs: Iterable[str], its: Sequence[Node]) -> bool:
+    """Whether all that is read is what these operators find, not what one of them makes."""
+    return {*inputs} <= {*read_before_written((node.inputs, node.outputs) for node in its)}
 
 
 def _is_missed(fused: Fused, its: Sequence[Node], others: Iterable[Node], wanted: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from dlrm_caffe2.engine.fused import Fused, Fusion
 from dlrm_caffe2.operators import Node
 from dlrm_caffe2.operators.dense import step_of_layer
 from dlrm_caffe2.operators.lookup import expect_total
-from dlrm_caffe2.operators.rules import are_plain, bounds, have_plain_rows
+from dlrm_caffe2.operators.rules import are_contiguous, are_plain, bounds, have_plain_rows
 from dlrm_caffe2.proto.caffe2_pb2 import TensorProto
 
 
@@ -48,7 +48,7 @@ def _layer_gradient(nodes: Sequence[Node]) -> Fused | None:
     def run(x, w, b, one, rate, dy, y=None):
         import torch
 
-        if float(one) != 1 or not x.dim() == w.dim() == dy.dim() == 2:
+        if float(one) != 1 or b.dim() != 1 or not x.dim() == w.dim() == dy.dim() == 2:
             return None
         if y is not None and over_y:
             torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
@@ -65,7 +65,8 @@ def _side_by_side(nodes: Sequence[Node]) -> Fused | None:
     *gathers, join = nodes
     rows = {node.outputs[0]: node.inputs for node in gathers}
     if not (join.args["axis"] == join.args["add_axis"] == 1 and "axis" in join.given
-            and len(rows) == len(gathers) and rows.keys() <= {*join.inputs}):
+            and len(rows) == len(gathers) and rows.keys() <= {*join.inputs}
+            and rows.keys().isdisjoint(name for node in gathers for name in node.inputs)):
         return None
     sources = [rows[name][0] if name in rows else name for name in join.inputs]
     indices = [rows[name][1] for name in join.inputs if name in rows]
@@ -77,7 +78,8 @@ def _side_by_side(nodes: Sequence[Node]) -> Fused | None:
         from dlrm_caffe2.operators import kernels
 
         sources, rows = inputs[:len(join.inputs)], inputs[len(join.inputs):]
-        if not are_plain(*sources) or any(x.dim() != 2 for x in sources) or any(i.dim() != 1 for i in rows):
+        if not (are_plain(*sources) and are_contiguous(*rows) and all(x.dim() == 2 for x in sources)
+                and all(its.dim() == 1 for its in rows)):
             return None
         of_source = [None] * len(sources)
         for place, its in zip(at, rows, strict=True):
@@ -101,7 +103,7 @@ def _interaction(nodes: Sequence[Node]) -> Fused | None:
         from dlrm_caffe2.operators import kernels
 
         if not (are_plain(first, x) and (first.dim(), x.dim(), places.dim()) == (2, 3, 1)
-                and _within(places, x.shape[1]**2)):
+                and _within(places, x.shape[1]**2)):  # _pairs makes them contiguous
             return None
         return (kernels.chosen_products(first, x, _pairs(places, x.shape[1])),)
 
@@ -125,7 +127,7 @@ def _interaction_gradient(nodes: Sequence[Node]) -> Fused | None:
     def run(dy, like, places, x):
         from dlrm_caffe2.operators import kernels
 
-        if not (are_plain(x) and have_plain_rows(dy) and places.dtype.itemsize == 8
+        if not (are_plain(x) and have_plain_rows(dy) and are_contiguous(places) and places.dtype.itemsize == 8
                 and (dy.dim(), like.dim(), places.dim(), x.dim()) == (2, 2, 2, 3)
                 and _within(places, dy.shape[1] + like.shape[1])):
             return None
@@ -150,7 +152,7 @@ def _cross_entropy(nodes: Sequence[Node]) -> Fused | None:
     def run(p, label):
         from dlrm_caffe2.operators import kernels
 
-        if not are_plain(p, label) or p.dim() != 2 or not p.numel():
+        if not (are_plain(p, label) and p.dim() == 2 and p.shape[1] == 1 and 0 < p.numel() == label.numel()):
             return None
         found = kernels.cross_entropy(p, label)
         return None if found is None else (p.new_tensor(found[0]), found[1])
@@ -176,7 +178,8 @@ def _rows(nodes: Sequence[Node]) -> Fused | None:
         from dlrm_caffe2.operators import kernels
 
         tables, indices, values = (inputs[at:at + count] for at in (0, count, 2 * count))
-        if float(old) != 1 or not are_plain(*tables) or not have_plain_rows(*values):
+        if float(old) != 1 or not (are_plain(*tables) and have_plain_rows(*values)
+                                   and are_contiguous(*indices, *inputs[3 * count:])):
             return None
         given = iter(inputs[3 * count:])
         lengths = [None if node is None else next(given) for node in its]

@@ -1,6 +1,7 @@
 """Compiled loops that stand for a slow kernel of PyTorch's, or for several operators of a net (engine/fused.py).
 
-They take tensors that are `rules.is_plain`: float32, on the CPU, contiguous. Nothing is checked here.
+They take tensors for which `rules.are_plain` holds, float32 on the CPU and contiguous, and contiguous indices: nothing
+is checked here.
 """
 
 import math
@@ -37,8 +38,8 @@ def add_rows(tables: Sequence[Any], indices: Sequence[Any], values: Sequence[Any
     while parts * count < threads:
         parts *= 2
     columns = array("q", chain(
-        map(_place, tables), map(_row, tables), map(_place, indices), map(_is_short, indices), map(_size, indices),
-        map(_place, values), map(_row, values), map(_rows, values), map(_place_if_any, lengths or [None] * count)))
+        map(_place, tables), map(_width, tables), map(_place, indices), map(_is_short, indices), map(_size, indices),
+        map(_place, values), map(_apart, values), map(_rows, values), map(_place_if_any, lengths or [None] * count)))
     _TEAM.run(_add_rows, parts * count, threads, parts=parts, tables=count, columns=columns.buffer_info()[0],
               weight=weight)
 
@@ -117,7 +118,12 @@ def cross_entropy(p: Any, label: Any) -> tuple[float, Any] | None:
 
 
 _place, _size = methodcaller("data_ptr"), methodcaller("numel")
-_row, _rows = methodcaller("stride", 0), methodcaller("size", 0)
+_apart, _rows = methodcaller("stride", 0), methodcaller("size", 0)
+
+
+def _width(table: Any) -> int:
+    """Of a row. The stride of a table of one row may be anything."""
+    return table.numel() // max(table.shape[0], 1)
 
 
 def _place_if_any(x: Any | None) -> int:

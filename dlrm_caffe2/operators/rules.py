@@ -60,10 +60,14 @@ def torch_dtype(dtype: np.dtype) -> Any:
 _is_cpu, _is_contiguous, _dtype = attrgetter("is_cpu"), methodcaller("is_contiguous"), attrgetter("dtype")
 
 
+def are_contiguous(*tensors) -> bool:
+    return all(map(_is_contiguous, tensors))
+
+
 def are_plain(*tensors) -> bool:
     """Whether they are what compiled loops take (kernels.py): float32, on the CPU, contiguous."""
-    return {*map(_dtype, tensors)} == {torch_dtype(FLOAT)} and all(map(_is_cpu, tensors)) and all(
-        map(_is_contiguous, tensors))
+    return ({*map(_dtype, tensors)} == {torch_dtype(FLOAT)} and all(map(_is_cpu, tensors))
+            and are_contiguous(*tensors))
 
 
 def have_plain_rows(*tensors) -> bool:

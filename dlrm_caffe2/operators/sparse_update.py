@@ -16,6 +16,7 @@ from dlrm_caffe2.operators.optimizer import ADAGRAD, DECAY, MISSPELT, adagrad_co
 from dlrm_caffe2.operators.record import FLOAT, Arg, Node, Operator, TensorType
 from dlrm_caffe2.operators.rules import (
     INDEX,
+    are_contiguous,
     are_plain,
     expect_dtype,
     expect_indices,
@@ -62,7 +63,7 @@ def _scatter_aten(node: Node, x, w0, indices, x1, w1):
     expect_indices(node, 2, indices, x.shape[0])
     if not x1.numel():
         return x
-    if float(w0) == 1 and are_plain(x, x1):
+    if float(w0) == 1 and are_plain(x, x1) and are_contiguous(indices):
         from dlrm_caffe2.operators import kernels
 
         kernels.add_rows([x], [indices], [x1], float(w1))

@@ -5,13 +5,15 @@ function for `GOMP_parallel`, by which compilers start an OpenMP region. The thr
 until none is left; which thread takes which turn must make no difference to what the loop computes.
 
 Numba compiles a loop when its module is first imported, for seconds, and keeps the code in __pycache__ or in the user's
-cache folder. It looks at changes of the loop's own file alone: where something that the loop calls changed, remove the
-.nbi and .nbc files by hand.
+cache folder. It looks at changes of the loop's own file alone, and at the types that a loop takes: what this package
+holds is in a name there (`DIGEST`).
 """
 
 import ctypes
 import struct
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,6 +22,9 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+DIGEST = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+"""Of all that a loop may call from here: where it changes, no code is taken that Numba has kept."""
 
 _READ_AND_WRITE, _ALL_CACHES, _DATA = 1, 3, 1  # arguments of llvm.prefetch
 
@@ -60,7 +65,9 @@ class Loop:
 
     def __init__(self, function: Callable[[Any], None], fields: dict[str, type]) -> None:
         self.fields = tuple(fields)
-        codes = {"turn": "q", "turns": "q"} | {name: "d" if kind is float else "q" for name, kind in fields.items()}
+        # The next turn is found by its place, whatever its name.
+        codes = {f"turn_{DIGEST}": "q", "turns": "q"}
+        codes |= {name: "d" if kind is float else "q" for name, kind in fields.items()}
         self.pack = struct.Struct("=" + "".join(codes.values())).pack
         record = numba.from_dtype(np.dtype([(name, f"={code}") for name, code in codes.items()]))
         signature = types.void(types.CPointer(record))

@@ -18,8 +18,6 @@ STEP = 4 * LANES
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
-_BITS = ir.VectorType(ir.IntType(1), LANES)
-_NONE = ir.Constant(_FLOATS, ir.Undefined)
 _ALIGNMENT = 4
 
 
