@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.random import Philox  # now: NumPy loads it at its first use, and an interrupt meanwhile can be lost
 
 _CHUNK = 1 << 20  # words drawn at a time, for the sake of memory; even, so that none is left over
 
@@ -20,7 +21,7 @@ def words(seed: int, name: str, count: int) -> Iterator[np.ndarray]:
     gives its low half, then its high half.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
-    generator = np.random.Philox(key=key)
+    generator = Philox(key=key)
     for start in range(0, count, _CHUNK):
         size = min(_CHUNK, count - start)
         yield generator.random_raw((size + 1) // 2).astype("<u8", copy=False).view("<u4")[:size]
