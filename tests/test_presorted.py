@@ -42,20 +42,23 @@ def test_every_row_gets_its_own_lookups(bags, blocks):
                   np.zeros((len(bags), 1), np.float32))
     blobs = sort(spec, batch, blocks)
 
-    def whole(name):
-        return np.concatenate([blobs.pop(f"{name}.{block}") for block in range(blocks)])
-
-    sizes = [len(blobs[f"tables.1.indices.unique.{block}"]) for block in range(blocks)]
-    assert max(sizes) == -(-sum(sizes) // blocks)
-
-    rows, counts, order = (whole(f"tables.1.indices.{part}") for part in ("unique", "counts", "order"))
+    rows, counts, order = (blobs[f"tables.1.indices.{part}"] for part in ("unique", "counts", "order"))
     ends = np.cumsum(counts)
     np.testing.assert_array_equal(rows, np.unique(indices))
     assert len(order) == len(indices) == (ends[-1] if len(ends) else 0)
     for row, places in zip(rows, np.split(order, ends[:-1]), strict=False):
         np.testing.assert_array_equal(places, np.flatnonzero(indices == row))
-    np.testing.assert_array_equal(whole("tables.0.indices.samples"), samples[order])
-    assert {name.rpartition(".")[0] for name in blobs} == {"tables.0.indices.unique", "tables.0.indices.counts"}
+    np.testing.assert_array_equal(blobs["tables.0.indices.samples"], samples[order])
+    assert [blobs[f"tables.1.indices.{part}"].dtype for part in ("unique", "counts", "order")] == [
+        np.int64, np.int32, np.int32]
+
+    parts = {"unique", "counts"} | ({"block_rows", "block_lookups"} if blocks > 1 else set())
+    assert set(blobs) == {f"tables.0.indices.{part}" for part in (*parts, "samples")} | {
+        f"tables.1.indices.{part}" for part in (*parts, "order")}
+    if blocks > 1:
+        sizes, lookups = (blobs[f"tables.1.indices.{part}"] for part in ("block_rows", "block_lookups"))
+        assert len(sizes) == blocks and max(sizes) == -(-len(rows) // blocks) and sum(sizes) == len(rows)
+        np.testing.assert_array_equal(lookups, [part.sum() for part in np.split(counts, np.cumsum(sizes)[:-1])])
 
 
 @pytest.mark.parametrize("kind", ["sgd", *ADAGRADS])

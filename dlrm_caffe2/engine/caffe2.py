@@ -37,8 +37,8 @@ WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 2**26
 """Bytes that are shared with the worker: more than a batch of the paper's benchmark. Taken when they are used."""
 
-BLOCK_BYTES = 2**22
-"""Of the gradient of rows that is made and used up at a time, so that it stays in the cache."""
+BLOCK_BYTES = 2**17
+"""Of rows that are read and updated at a time, so that they and their gradients stay in the cache of one core."""
 
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Where the system gives them on request, rows of large tables are found sooner. Older C libraries pass over it."""
