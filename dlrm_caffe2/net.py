@@ -46,10 +46,13 @@ def make_argument(name: str, value: Any) -> Argument:
     return argument
 
 
-def make_operator(type: str, inputs: Iterable[str], outputs: Iterable[str], *, gradient: bool = False,
+def make_operator(type: str, inputs: Iterable[str], outputs: Iterable[str], *, gradient: bool = False, part: str = "",
                   **arguments: Any) -> OperatorDef:
-    """One OperatorDef; keyword arguments become its Arguments, in order."""
-    operator = OperatorDef(type=type, input=list(inputs), output=list(outputs))
+    """One OperatorDef; keyword arguments become its Arguments, in order.
+
+    `part`: where it belongs to another of `spec.backend.PARTS` than its type; genuine Caffe2's profile says so.
+    """
+    operator = OperatorDef(type=type, input=list(inputs), output=list(outputs), name=f"{part}/{type}" if part else None)
     operator.arg.extend(make_argument(name, value) for name, value in arguments.items())
     if gradient:
         operator.is_gradient_op = True

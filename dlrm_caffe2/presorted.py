@@ -94,14 +94,15 @@ def _splits(spec: ModelSpec, number: int, count: int) -> Iterator[OperatorDef]:
     sizes = {UNIQUE: BLOCK_ROWS, COUNTS: BLOCK_ROWS, _source(spec, number): BLOCK_LOOKUPS, BLOCK_ROWS: None}
     for part, size in sizes.items():
         inputs = [_name(number, part)] + [_name(number, size)] * (size is not None)
-        yield make_operator("Split", inputs, [_name(number, part, block) for block in range(count)], axis=0)
+        yield make_operator("Split", inputs, [_name(number, part, block) for block in range(count)], axis=0,
+                            part="embedding")
 
 
 def _read_ahead(parameter: str, rows: str, count: str, output: str) -> OperatorDef:
     """Reads a block's rows into the cache: SparseLengthsSum fetches the next ones meanwhile, where the operators that
     update rows wait for each. Nobody needs its output, which the next operator overwrites: they form one chain, which
     a net of type "dag" need not schedule."""
-    return make_operator("SparseLengthsSum", [parameter, rows, count], [output])
+    return make_operator("SparseLengthsSum", [parameter, rows, count], [output], part="optimizer")
 
 
 def _name(number: int, part: str, block: int | None = None) -> str:

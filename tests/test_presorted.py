@@ -1,6 +1,7 @@
 """Lookups sorted while a batch is loaded, and the train net that is fed with them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from spec.data.random import random_batch
 from spec.model import Table
 from spec.parameters import initial_parameters
 from spec.toml import load
+from tools.bench.operators import unmapped
 
 ADAGRADS = ["adagrad", "rowwise_adagrad"]
 
@@ -113,3 +115,28 @@ def test_large_sums_are_made_in_blocks(monkeypatch):
     case = make_case(spec, batch_size=4, steps=3, optimizers=["sgd", *ADAGRADS])
     (result,) = run_case(case, [backends.CAFFE2], repeats=True).backends
     assert result.status == "conforms", (result.reason, result.worst)
+
+
+@pytest.mark.parametrize(("kind", "fetched"), [("sgd", 1), ("rowwise_adagrad", 1), ("adagrad", 0)])
+def test_the_blocks_of_a_table_are_updated_one_after_another(kind, fetched):
+    """Each operator depends on the one before: nothing is left to schedule. SparseAdagrad fetches rows ahead itself."""
+    spec = spec_of(Table(rows=9, lookups=2), Table(rows=9, lookups=2)).with_optimizer(kind, 0.1)
+    net = train_net(spec, {0: 3, 1: 3})
+    first = max(number for number, operator in enumerate(net.op) if operator.type.endswith("Gradient")) + 1
+    chain = [operator for operator in net.op[first:] if "tables.0.weight" in str(operator)]
+    assert len(chain) == 3 * (2 + fetched)
+    for before, after in pairwise(chain):
+        assert set(before.output) & set(after.input) or {*before.input, *before.output} & set(after.output)
+
+
+@pytest.mark.engine
+def test_the_profile_knows_what_the_operators_on_blocks_are_for(monkeypatch):
+    monkeypatch.setattr(caffe2, "BLOCK_BYTES", 64)
+    spec = spec_of(Table(rows=30, lookups=(0, 9))).with_optimizer("rowwise_adagrad", 0.1)
+    model = backends.CAFFE2.create(spec, initial_parameters(spec))
+    batch = random_batch(spec, 4, seed=0, number=0)
+    model.train_step(batch)
+    keys = model.profile(batch).keys()
+    model.close()
+    assert {"embedding/Split", "optimizer/SparseLengthsSum", "optimizer/DotProduct", "SparseLengthsSum"} <= keys
+    assert not unmapped(dict.fromkeys(keys, 0.0))

@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 2**26
 """Bytes that are shared with the worker: more than a batch of the paper's benchmark. Taken when they are used."""
 
-BLOCK_BYTES = 2**17
+BLOCK_BYTES = 2**18
 """Of rows that are read and updated at a time, so that they and their gradients stay in the cache of one core."""
 
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

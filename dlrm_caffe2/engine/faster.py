@@ -1,6 +1,7 @@
 """What genuine Caffe2 runs in place of operators of its own that are slow, with the same result."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from dlrm_caffe2.net import argument, make_operator
 from dlrm_caffe2.proto.caffe2_pb2 import NetDef, OperatorDef
@@ -47,12 +48,13 @@ def _rowwise_adagrad(operator: OperatorDef) -> Iterator[OperatorDef]:
     w, h, rows, g, rate = operator.input
     square, mean, moment, root, divisor, factor, step = (
         f"{g}.{part}" for part in ("square", "mean", "moment", "root", "divisor", "factor", "step"))
-    yield make_operator("DotProduct", [g, g], [square])
-    yield make_operator("Div", [square, _WIDTH], [mean])
-    yield make_operator("ScatterWeightedSum", [h, _ONE, rows, mean, _ONE], [h])
-    yield make_operator("Gather", [h, rows], [moment])
-    yield make_operator("Sqrt", [moment], [root])
-    yield make_operator("Add", [root, _EPSILON], [divisor])
-    yield make_operator("Div", [rate, divisor], [factor])
-    yield make_operator("Mul", [g, factor], [step], broadcast=1, axis=0)
-    yield make_operator("ScatterWeightedSum", [w, _ONE, rows, step, _ONE], [w])
+    update = partial(make_operator, part="optimizer")
+    yield update("DotProduct", [g, g], [square])
+    yield update("Div", [square, _WIDTH], [mean])
+    yield update("ScatterWeightedSum", [h, _ONE, rows, mean, _ONE], [h])
+    yield update("Gather", [h, rows], [moment])
+    yield update("Sqrt", [moment], [root])
+    yield update("Add", [root, _EPSILON], [divisor])
+    yield update("Div", [rate, divisor], [factor])
+    yield update("Mul", [g, factor], [step], broadcast=1, axis=0)
+    yield update("ScatterWeightedSum", [w, _ONE, rows, step, _ONE], [w])

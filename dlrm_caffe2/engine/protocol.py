@@ -1,4 +1,4 @@
-"""Messages between Caffe2Engine and its worker, version 2. Loaded by both: Python 3.7, standard library and NumPy.
+"""Messages between Caffe2Engine and its worker. Loaded by both: Python 3.7, standard library and NumPy.
 
 A message is a header and arrays, on a stream socket, and in memory that both sides share where there is any:
 
@@ -17,7 +17,8 @@ request gets one reply. A request names what to `do`; its other fields, and its 
     run_once  -               array "": a serialized NetDef, run and not kept
     create    net             arrays: serialized NetDefs by their names; run in their order they are the net `net`, kept
     run       net, names      arrays: blobs to feed first; the reply's arrays are the blobs in `names`, fetched last
-    profile   net             arrays: blobs to feed first; the reply's `seconds` are those in each operator type
+    profile   net             arrays: blobs to feed first; the reply's `seconds` are those in the operators of
+                              each name, or type where they have no name
     reset     -               drop every blob and net
 
 A request that failed is answered {"error": text}, and the worker goes on. Either side ends by closing its socket.

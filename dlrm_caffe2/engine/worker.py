@@ -69,7 +69,7 @@ class _Worker:
         self._workspace, self._proto = workspace, caffe2_pb2
         self._device = caffe2_pb2.DeviceOption().SerializeToString()  # the CPU
         self._stages = {}  # of a kept net: its parts, {name: serialized}
-        self._parts = {}  # of a net that was profiled: (operator type, name of a net of this operator alone)
+        self._parts = {}  # of a net that was profiled: (operator's name or type, name of a net of this one alone)
 
     def hello(self):
         site = os.path.dirname(os.path.dirname(os.path.dirname(self._workspace.__file__)))
@@ -122,10 +122,10 @@ class _Worker:
         """Runs the operators one by one: BenchmarkNet would run the whole net once more, and print."""
         self.feed(request, arrays)
         seconds = {}
-        for type, part in self._split(request["net"]):
+        for operator, part in self._split(request["net"]):
             start = time.perf_counter()
             self._workspace.C.run_net(part, 1, False)
-            seconds[type] = seconds.get(type, 0.0) + time.perf_counter() - start
+            seconds[operator] = seconds.get(operator, 0.0) + time.perf_counter() - start
         return {"seconds": seconds}, {}
 
     def _split(self, name):
@@ -138,7 +138,7 @@ class _Worker:
                     part = self._proto.NetDef(name=f"{name}/profile/{len(parts)}", op=[operator])
                     part.device_option.CopyFrom(net.device_option)
                     self._workspace.C.create_net(part.SerializeToString(), False)
-                    parts.append((operator.type, part.name))
+                    parts.append((operator.name or operator.type, part.name))
             self._parts[name] = parts
         return self._parts[name]
 
