@@ -34,7 +34,7 @@ class NetEngine(Protocol):
         """Feed, run a kept net once, and fetch, in one exchange."""
 
     def profile(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Seconds in operators, by name or else type, during one run of a kept net, which changes what the net changes."""
+        """Seconds in operators, by name or else type, in one run of a kept net (which changes what the net changes)."""
 
     def row_blocks(self, spec: ModelSpec, table: int) -> int:
         """In how many blocks it is best fed with the lookups of a table, sorted by row (`presorted.py`).
