@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from operator_cases import Case, make_case
+from operator_source import Case, make_case
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The keyed generator against Philox4x64-10 written out from its definition (Salmon et al. 2011, section 3.3)."""
 
 import hashlib
+import subprocess
+import sys
 from importlib.resources import files
 
 import numpy as np
@@ -125,3 +127,10 @@ def test_the_example_of_the_specification():
     assert ", ".join(f"0x{word:08x}" for word in words) in text
     assert f"{first.hex().replace('0000000p', 'p')} and {second.hex().replace('0000000p', 'p')}" in text
     assert f"({first:.8f} and {second:.8f})" in text
+
+
+def test_nothing_is_loaded_while_numbers_are_drawn():
+    """An interrupt while NumPy loads its generators, C code at their first use, would be swallowed."""
+    program = ("import sys; from spec import counter; before = {*sys.modules}; counter.uniform(0, 'x', (4,), 0, 1); "
+               "sys.exit(' '.join(sys.modules.keys() - before) or 0)")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 from google.protobuf import text_format
-from operator_cases import Case
 from operator_formulas import FORMULAS, FORMULAS_OF_CAFFE2
+from operator_source import Case
 from test_operators import judge
 
 from dlrm_caffe2.export import export_onnx

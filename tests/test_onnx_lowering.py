@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_models import adds_by_scattering, check, in_onnxruntime, in_reference
-from operator_cases import Case, cases, make_case
+from operator_cases import cases
+from operator_source import Case, make_case
 from test_operators import judge, run_aten
 
 from dlrm_caffe2.onnx.axes import Axes

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from operator_cases import GENERATORS, Case, cases
+from operator_cases import GENERATORS, cases
 from operator_formulas import FORMULAS, FORMULAS_OF_CAFFE2, formula
 from operator_refusals import REFUSALS, Refusal
+from operator_source import Case
 
 from dlrm_caffe2.engine import NetEngine
 from dlrm_caffe2.engine.venv import check_installed, interpreter
